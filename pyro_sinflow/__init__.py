@@ -1,0 +1,28 @@
+"""Sinusoidal Flows for Pyro and zuko."""
+
+from ._version import __version__
+from .flows import FastInverse, SinusoidalFlow, fast_inverse
+from .inversion import Inversion, InversionError, InversionWarning, Solver, record_inversions
+from .modules import LDU, ConditionalLDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
+from .transforms import LDUTransform, SinusoidalTransform, TriangularTransform
+
+__all__ = [
+    "LDU",
+    "ConditionalLDU",
+    "FastInverse",
+    "Inversion",
+    "InversionError",
+    "InversionWarning",
+    "LDUTransform",
+    "Sinusoidal",
+    "SinusoidalFlow",
+    "SinusoidalTransform",
+    "Solver",
+    "TriangularTransform",
+    "__version__",
+    "conditional_ldu",
+    "fast_inverse",
+    "ldu",
+    "record_inversions",
+    "sinusoidal",
+]

@@ -1,0 +1,157 @@
+"""What the transforms share: checks of their input, and a cache that cannot go stale."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+import zuko.transforms  # gives every transform 'call_and_ladj'  # noqa: F401
+from torch import Size, Tensor, nn
+from torch.distributions import Transform
+from torch.distributions.transforms import _InverseTransform
+
+from ._checks import check_broadcast, check_tensor, readable
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Lifts half precision to float32, in which solvers and log-determinants run at the least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Bijection(Transform):
+    """A bijective transform of real tensors.
+
+    With ``cache_size=1``, the latest pair (x, y) is kept with its log-determinant, as Pyro's flows
+    keep it. The pair is dropped when a backward pass has used it, because its graph is gone then,
+    and when a parameter has changed.
+    """
+
+    bijective = True
+    batch_shape: Size  # of the parameters, which inputs broadcast with
+
+    def __init__(self, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.clear_cache()
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns both the transformed value and the log absolute determinant of the Jacobian."""
+        self._check("x", x)
+        return self._call_and_ladj(x)
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._call_and_ladj(x)[0]
+
+    def _check(self, name: str, x: Any) -> None:
+        check_tensor(name, x)
+        event_dim = self.domain.event_dim
+        if x.ndim < event_dim:
+            raise ValueError(
+                f"'{name}' should have at least {event_dim} dimensions, got {tuple(x.shape)}."
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._cache_size == 0:
+            self._check("x", x)
+            return self._call(x)
+        x_old, y_old = self._cached()
+        if x is x_old:
+            return y_old
+        y, ladj = self.call_and_ladj(x)
+        self._remember(x, y, ladj)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        x_old, y_old = self._cached()
+        if y is y_old:
+            return x_old
+        self._check("y", y)
+        x = self._inverse(y)
+        self._remember(x, y)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the log absolute determinant of the Jacobian at x; y is used as a cache key."""
+        x_old, y_old = self._cached()
+        if x is x_old and y is y_old and self._cached_ladj is not None:
+            return self._cached_ladj
+        self._check("y", y)
+        _, ladj = self.call_and_ladj(x)
+        return ladj
+
+    def forward_shape(self, shape: Size) -> Size:
+        """Infers the shape of the output: the batch broadcasts with that of the parameters."""
+        cut = len(shape) - self.domain.event_dim
+        if cut < 0:
+            raise ValueError(
+                f"'shape' should have at least {self.event_dim} dimensions, got {shape}."
+            )
+        batch_shape = check_broadcast(shape=Size(shape[:cut]), parameters=self.batch_shape)
+        return batch_shape + Size(shape[cut:])
+
+    def inverse_shape(self, shape: Size) -> Size:
+        """Infers the shape of the input."""
+        return self.forward_shape(shape)
+
+    @property
+    def inv(self) -> Transform:
+        """The inverse transform, with ``t.inv.inv is t``."""
+        # Made anew each time: were it kept, it and its inverse would hold each other, and with them
+        # the graph of the cached pair, until the garbage collector comes by.
+        return _InverseTransform(self)
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        """Returns the same transform, parameters shared, with another cache."""
+        if cache_size not in (0, 1):
+            raise ValueError(f"'cache_size' should be 0 or 1, got {cache_size!r}.")
+        if self._cache_size == cache_size:
+            return self
+        new = copy.copy(self)
+        new._cache_size = cache_size
+        return new
+
+    def clear_cache(self) -> None:
+        """Forgets the cached pair."""
+        self._cached_x_y: tuple[Any, Any] = (None, None)
+        self._cached_ladj: Tensor | None = None
+        self._cached_key: tuple[Any, ...] = ()
+
+    def _cached(self) -> tuple[Any, Any]:
+        if self._cached_x_y[0] is not None and self._cached_key != self._key():
+            self.clear_cache()
+        return self._cached_x_y
+
+    def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | None = None) -> None:
+        if self._cache_size == 0 or not readable(x, y):
+            return
+        self._cached_x_y, self._cached_ladj, self._cached_key = (x, y), ladj, self._key()
+        this = weakref.ref(self)
+
+        def forget(_: Tensor) -> None:
+            transform = this()
+            if transform is not None:
+                transform.clear_cache()
+
+        for tensor in (x, y, ladj):
+            if tensor is not None and tensor.grad_fn is not None:
+                tensor.register_hook(forget)
+
+    def _key(self) -> tuple[Any, ...]:
+        """Changes whenever the transform does."""
+        if isinstance(self, nn.Module):
+            return self.training, *((id(p), p._version) for p in self.parameters())
+        return ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither copies nor pickles carry the cache: tensors with a graph can be neither.
+        return {
+            **self.__dict__,
+            "_inv": None,
+            "_cached_x_y": (None, None),
+            "_cached_ladj": None,
+            "_cached_key": (),
+        }

@@ -1,0 +1,117 @@
+"""Checks of user input: each names the argument, what was given and what was expected."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Size, Tensor
+from torch._subclasses import FakeTensor
+
+T = TypeVar("T")
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether Python may branch on the tensors' values.
+
+    It may not inside ``torch.compile`` or a ``torch.func`` transform, nor on fake or meta tensors.
+    There, checks of values are skipped and iterations run a fixed number of times.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+    )
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Requires a floating-point tensor without NaN or infinity."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"'{name}' should be a tensor, got {type(x).__name__}.")
+    if not x.is_floating_point():
+        raise TypeError(f"'{name}' should be a floating-point tensor, got {x.dtype}.")
+    # One reduction on the good path: NaN and infinity times zero are NaN.
+    if x.numel() and readable(x) and not bool((x.detach() * 0).sum() == 0):
+        nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
+        raise ValueError(
+            f"'{name}' should be finite, got {nan} NaN and {inf} infinite values "
+            f"in a tensor of shape {tuple(x.shape)}."
+        )
+
+
+def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Requires the dtype of the parameters, save under autocast, which mixes them on purpose."""
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"'{name}' should have the parameters' dtype {dtype}, got {x.dtype}; "
+            f"convert one of them with '.to(...)'."
+        )
+
+
+def check_event(name: str, x: Tensor, event_shape: Size) -> None:
+    """Requires that the shape ends with ``event_shape``."""
+    if x.shape[max(x.ndim - len(event_shape), 0) :] != event_shape:
+        expected = ", ".join(["*", *map(str, event_shape)])
+        raise ValueError(f"'{name}' should have shape ({expected}), got {tuple(x.shape)}.")
+
+
+def check_broadcast(**shapes: Size) -> Size:
+    """Requires shapes that broadcast together, and returns the common one."""
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        given = ", ".join(f"'{name}' {tuple(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"Shapes should broadcast together, got {given}.") from None
+
+
+def check_size(name: str, n: Any, minimum: int = 1) -> int:
+    """Requires an integer of at least ``minimum``, and returns it as an int."""
+    try:
+        if isinstance(n, bool):
+            raise TypeError
+        value = operator.index(n)
+    except TypeError:
+        raise TypeError(f"'{name}' should be an integer, got {n!r}.") from None
+    if value < minimum:
+        raise ValueError(f"'{name}' should be at least {minimum}, got {value}.")
+    return value
+
+
+def check_sizes(name: str, sizes: Any) -> Size:
+    """Requires a non-empty sequence of positive integers; an int stands for a sequence of one."""
+    if isinstance(sizes, Iterable) and not isinstance(sizes, str | Tensor):
+        sizes = tuple(sizes)
+        if not sizes:
+            raise ValueError(f"'{name}' should not be empty.")
+        return Size(check_size(name, n) for n in sizes)
+    return Size([check_size(name, sizes)])
+
+
+def check_real(name: str, value: Any, low: float, high: float) -> float:
+    """Requires a number in the open interval ``(low, high)``."""
+    if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
+        raise TypeError(f"'{name}' should be a number, got {value!r}.")
+    if not low < value < high:
+        raise ValueError(f"'{name}' should lie strictly between {low} and {high}, got {value}.")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Requires one of the choices."""
+    if value not in choices:
+        raise ValueError(f"'{name}' should be one of {choices}, got {value!r}.")
+
+
+def check_instance(name: str, value: Any, cls: type[T]) -> T:
+    """Requires an instance of a class, and returns it."""
+    if not isinstance(value, cls):
+        raise TypeError(f"'{name}' should be a {cls.__name__}, got {type(value).__name__}.")
+    return value
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Requires a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"'{name}' should be True or False, got {value!r}.")

@@ -1,0 +1,355 @@
+r"""Conditioners: the modules that compute the parameters of the transforms.
+
+Each is one of zuko's lazy transforms: given a context, it builds a transform.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import LongTensor, Size, Tensor, nn
+from torch.distributions import Transform
+from zuko.lazy import LazyTransform
+from zuko.nn import MLP, MaskedMLP
+from zuko.transforms import ComposedTransform, MonotonicAffineTransform
+from zuko.utils import broadcast, unpack
+
+from ._checks import (
+    check_dtype,
+    check_event,
+    check_real,
+    check_size,
+    check_sizes,
+    check_tensor,
+)
+from .inversion import Solver
+from .transforms import SinusoidalTransform, TriangularTransform
+
+
+def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
+    """Requires a context tensor where there are context features, and none where there are none."""
+    if context == 0:
+        if c is not None:
+            raise ValueError("The context should be None, as there are no context features.")
+    elif c is None:
+        raise ValueError(f"The context should be a tensor of shape (*, {context}), got None.")
+    else:
+        check_tensor("context", c)
+        check_event("context", c, Size([context]))
+        check_dtype("context", c, dtype)
+
+
+def check_order(order: Sequence[int] | LongTensor | None, features: Size) -> Tensor:
+    """Requires a permutation of the features, and returns it."""
+    n = features.numel()
+    if order is None:
+        return torch.arange(n)
+    ranks = torch.as_tensor(order).flatten()
+    if ranks.is_floating_point() or ranks.tolist() != [*ranks.tolist()] or len(ranks) != n:
+        raise ValueError(f"'order' should hold {n} integers, got {order}.")
+    if sorted(ranks.tolist()) != list(range(n)):
+        raise ValueError(f"'order' should be a permutation of 0, ..., {n - 1}, got {order}.")
+    return ranks.long()
+
+
+def initial_sinusoids(*shape: int, components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws frequencies, phases and weights, each of shape ``(*shape, components)``.
+
+    Half a period of the slope, pi / (2a), then goes from 0.4 to 3: from a detail to the whole range
+    of standardised data.
+    """
+    frequency = torch.empty(*shape, components).uniform_(math.log(0.5), math.log(4.0)).exp()
+    frequency = frequency.expm1().log()  # the inverse of softplus
+    phase = torch.empty(*shape, components).uniform_(-math.pi / 2, math.pi / 2)
+
+    return frequency, phase, torch.zeros(*shape, components)
+
+
+def chain(
+    frequency: Tensor,
+    phase: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    shift: Tensor,
+    *,
+    slope: float = 1e-3,
+    solver: Solver = Solver(),
+) -> Transform:
+    """Composes M sinusoids, from tensors of shape (*, M, K), or (*, M) for the last two."""
+    parameters = zip(
+        *(p.unbind(-2) for p in (frequency, phase, weight)),
+        *(p.unbind(-1) for p in (residual, shift)),
+        strict=True,
+    )
+    return ComposedTransform(
+        *(SinusoidalTransform(*p, slope=slope, solver=solver) for p in parameters)
+    )
+
+
+def affine_chain(
+    loc: Tensor,
+    log_scale: Tensor,
+    frequency: Tensor,
+    phase: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    **kwargs: Any,
+) -> Transform:
+    """Composes an affine map and M sinusoids, from the outputs of a conditioner."""
+    sinusoids = chain(frequency, phase, weight, residual, torch.zeros_like(residual), **kwargs)
+    return ComposedTransform(MonotonicAffineTransform(loc, log_scale), *sinusoids.transforms)
+
+
+class MaskedNetwork(nn.Module):
+    r"""Creates a network :math:`h_i = c_i(x_{<i}, c)`.
+
+    It is :class:`zuko.nn.MaskedMLP` over events of any shape and a context.
+
+    Args:
+        features: The shape of an event.
+        context: The number of context features.
+        outputs: The number of outputs for each feature.
+        order: The rank of each feature. If :py:`None`, features are in ascending order.
+        hidden_features: The numbers of hidden features.
+        activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
+        residual: Whether to use residual blocks or not.
+        dropout: The probability that a hidden unit is dropped in training.
+
+    Example:
+        >>> network = MaskedNetwork((3,), context=2, outputs=4)
+        >>> network(torch.randn(5, 3), torch.randn(2)).shape
+        torch.Size([5, 3, 4])
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        context: int = 0,
+        outputs: int = 1,
+        order: Sequence[int] | LongTensor | None = None,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] | None = None,
+        residual: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+
+        self.features = check_sizes("features", features)
+        self.context = check_size("context", context, minimum=0)
+        self.outputs = check_size("outputs", outputs)
+        hidden = [check_size("hidden_features", h) for h in hidden_features]
+        check_real("dropout", dropout, -1e-9, 1.0)
+        rank = check_order(order, self.features)
+        make = nn.ReLU if activation is None else activation
+
+        adjacency = rank[:, None] > rank
+        adjacency = torch.cat(
+            (adjacency, torch.ones(len(rank), self.context, dtype=torch.bool)), dim=1
+        )
+        if adjacency.any():
+            self.network: nn.Module | None = MaskedMLP(
+                adjacency.repeat_interleave(self.outputs, dim=0),
+                hidden_features=hidden,
+                activation=make
+                if dropout == 0
+                else lambda: nn.Sequential(make(), nn.Dropout(dropout)),
+                residual=residual,
+            )
+            self.bias = self.network[-1].bias
+        else:  # one feature without a context: nothing to depend on
+            self.network = None
+            self.bias = nn.Parameter(torch.zeros(self.outputs))
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Sets the outputs of a network whose last layer sees nothing but zeros."""
+        with torch.no_grad():
+            self.bias.copy_(bias.flatten())
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        r"""Computes the parameters.
+
+        Args:
+            x: The features, with shape :math:`(*, \text{features})`.
+            c: The context, with shape :math:`(*, C)`.
+
+        Returns:
+            The parameters, with shape :math:`(*, \text{features}, \text{outputs})`.
+
+        Raises:
+            ValueError: If the shape of x or c is wrong, or c is missing or superfluous.
+            TypeError: If x or c has the wrong dtype.
+        """
+        check_event("x", x, self.features)
+        check_dtype("x", x, self.bias.dtype)
+        check_context(c, self.context, self.bias.dtype)
+
+        if self.network is None:
+            return self.bias.to(x.dtype).expand(*x.shape, self.outputs)
+        flat = x.flatten(x.ndim - len(self.features))
+        if c is not None:
+            flat = torch.cat(broadcast(flat, c, ignore=1), dim=-1)
+        h = self.network(flat.to(self.bias.dtype))
+        return h.to(x.dtype).reshape(*h.shape[:-1], *self.features, self.outputs)
+
+
+class LazyTriangular(LazyTransform):
+    r"""Creates a lazy triangular transformation.
+
+    .. math:: y_i = \tau(x_i; c_i(x_{<i}, c))
+
+    See Also:
+        :class:`pyro_sinflow.TriangularTransform` and
+        :class:`zuko.flows.autoregressive.MaskedAutoregressiveTransform`
+
+    Args:
+        network: A module that maps x, with shape :math:`(*, \text{features})`, and a context, or
+            :py:`None`, to parameters with shape :math:`(*, \text{features}, \text{outputs})`; those
+            of a feature must depend on the features before it alone.
+        features: The shape of an event.
+        univariate: The constructor of :math:`\tau`.
+        shapes: The shapes of the arguments of ``univariate``, for one feature.
+        solver: How the inverse is computed.
+
+    Example:
+        >>> network = MaskedNetwork((3,), context=2, outputs=2)
+        >>> f = zuko.transforms.MonotonicAffineTransform
+        >>> t = LazyTriangular(network, (3,), f, shapes=[(), ()])
+        >>> t(torch.randn(2))
+        TriangularTransform(conditioner: LazyTriangular.meta, event_dim: 1)
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        features: int | Sequence[int],
+        univariate: Callable[..., Transform],
+        shapes: Sequence[Sequence[int]],
+        solver: Solver = Solver(),
+    ) -> None:
+        super().__init__()
+
+        self.network = network
+        self.features = check_sizes("features", features)
+        self.univariate = univariate
+        self.shapes = [Size(s) for s in shapes]
+        self.solver = solver
+
+    def meta(self, c: Tensor | None, x: Tensor) -> Transform:
+        """Returns the element-wise transformation, given context and features."""
+        return self.univariate(*unpack(self.network(x, c), self.shapes))
+
+    def forward(self, c: Tensor | None = None) -> TriangularTransform:
+        """Returns the transformation, given a context."""
+        return TriangularTransform(
+            partial(self.meta, c),
+            phi=(*self.parameters(), *(() if c is None else (c,))),
+            event_dim=len(self.features),
+            solver=self.solver,
+        )
+
+
+class ElementWiseModule(LazyTransform):
+    """A lazy element-wise transformation with free parameters that a context may move."""
+
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        context: int,
+        hidden_features: Sequence[int],
+        activation: Callable[[], nn.Module] | None,
+    ) -> None:
+        super().__init__()
+
+        self.names = tuple(parameters)
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+        self.context = context
+        self.hyper: MLP | None = None
+        if context > 0:
+            total = sum(value.numel() for value in parameters.values())
+            self.hyper = MLP(context, total, hidden_features, activation)
+            nn.init.zeros_(self.hyper[-1].weight)
+            nn.init.zeros_(self.hyper[-1].bias)
+
+    def values(self, c: Tensor | None) -> list[Tensor]:
+        """Returns the parameters, moved by the context."""
+        values = [getattr(self, name) for name in self.names]
+        check_context(c, self.context, values[0].dtype)
+        if self.hyper is None:
+            return values
+        moves = unpack(self.hyper(c).to(values[0].dtype), [v.shape for v in values])
+        return [v + m for v, m in zip(values, moves, strict=True)]
+
+
+class LazyAffine(ElementWiseModule):
+    r"""Creates a lazy element-wise affine transformation, the identity at first.
+
+    Args:
+        features: The shape of an event.
+        context: The number of context features.
+        hidden_features: The numbers of hidden features of the network that sees the context.
+        activation: The activation function constructor of that network.
+    """
+
+    def __init__(
+        self,
+        features: Size,
+        context: int = 0,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        parameters = {"loc": torch.zeros(features), "log_scale": torch.zeros(features)}
+        super().__init__(parameters, context, hidden_features, activation)
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        """Returns the transformation, given a context."""
+        return MonotonicAffineTransform(*self.values(c))
+
+
+class LazySinusoids(ElementWiseModule):
+    r"""Creates a lazy chain of element-wise sinusoids, the identity at first.
+
+    Args:
+        features: The shape of an event.
+        context: The number of context features.
+        sinusoids: The number of sinusoids in the chain.
+        components: The number of components K of each.
+        slope: The smallest slope of each.
+        solver: How the inverse is computed.
+        hidden_features: The numbers of hidden features of the network that sees the context.
+        activation: The activation function constructor of that network.
+    """
+
+    def __init__(
+        self,
+        features: Size,
+        context: int = 0,
+        sinusoids: int = 4,
+        components: int = 4,
+        slope: float = 1e-3,
+        solver: Solver = Solver(),
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        shape = (*features, check_size("sinusoids", sinusoids))
+        frequency, phase, weight = initial_sinusoids(
+            *shape, components=check_size("components", components)
+        )
+        parameters = {
+            "frequency": frequency,
+            "phase": phase,
+            "weight": weight,
+            "residual": torch.zeros(shape),
+            "shift": torch.zeros(shape),
+        }
+        super().__init__(parameters, context, hidden_features, activation)
+
+        self.build = partial(chain, slope=slope, solver=solver)
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        """Returns the transformation, given a context."""
+        return self.build(*self.values(c))

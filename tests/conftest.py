@@ -1,0 +1,46 @@
+"""What the tests share."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import pyro
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("default")
+
+M = TypeVar("M", bound=nn.Module)
+
+FLOAT = {torch.float32: 5e-6, torch.float64: 1e-13}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+
+
+def perturb(module: M, scale: float = 0.3) -> M:
+    """Moves the parameters away from where they start, which is the identity for some."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module
+
+
+def residual(f: Callable, x: torch.Tensor, y: torch.Tensor) -> float:
+    """The largest |f(x) - y| / (1 + |x| + |y|)."""
+    with torch.no_grad():
+        error = (f(x) - y).abs() / (1 + x.abs() + y.abs())
+    return float(error.max()) if error.numel() else 0.0
+
+
+def slogdet(f: Callable, x: torch.Tensor, event_dim: int) -> torch.Tensor:
+    """The log-determinant of the Jacobian that autograd computes, for a batch of events."""
+    n = x.shape[x.ndim - event_dim :].numel()
+    flat = x.reshape(-1, *x.shape[x.ndim - event_dim :])
+    jacobians = [torch.autograd.functional.jacobian(f, row).reshape(n, n) for row in flat]
+    return torch.stack(jacobians).slogdet().logabsdet.reshape(x.shape[: x.ndim - event_dim])

@@ -1,0 +1,223 @@
+"""Derivatives of both directions: to second order, under torch.func, and at constant memory."""
+
+import pytest
+import torch
+import zuko
+from conftest import perturb
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from pyro_sinflow import (
+    LDU,
+    ConditionalLDU,
+    FastInverse,
+    SinusoidalFlow,
+    SinusoidalTransform,
+    Solver,
+    TriangularTransform,
+    record_inversions,
+)
+
+exact = Solver(tolerance=1e-15)
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def leaves(*shapes):
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def block(**options):
+    options = {"hidden_features": (4,), "activation": nn.Tanh, "components": 2} | options
+    return perturb(ConditionalLDU(3, 2, sinusoids=1, solver=exact, **options), 0.5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_sinusoid(direction):
+    inputs = leaves((4, 2), (2, 3), (2, 3), (3,), (2,), ())
+
+    def f(x, *p):
+        t = SinusoidalTransform(*p, solver=exact)
+        return (t if direction == "forward" else t.inv).call_and_ladj(x)
+
+    assert gradcheck(f, inputs, check_forward_ad=True)
+    assert gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("options", [{}, {"scale": True, "context_diagonal": True}])
+def test_block(direction, options):
+    t = block(**options)
+    inputs = (*leaves((2, 3), (2,)), *t.parameters())
+
+    def f(x, c, *_):
+        return (t(c) if direction == "forward" else t(c).inv).call_and_ladj(x)
+
+    assert gradcheck(f, inputs, fast_mode=True)
+    assert gradgradcheck(f, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_autoregressive(direction):
+    flow = perturb(
+        SinusoidalFlow(
+            3,
+            2,
+            transforms=2,
+            conditioner="autoregressive",
+            sinusoids=1,
+            components=2,
+            hidden_features=(4,),
+            activation=nn.Tanh,
+            solver=exact,
+        )
+    )
+    inputs = (*leaves((3,), (2,)), *flow.parameters())
+
+    def f(x, c, *_):
+        t = flow(c).transform
+        return (t if direction == "forward" else t.inv).call_and_ladj(x)
+
+    assert gradcheck(f, inputs, fast_mode=True)
+    assert gradgradcheck(f, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("univariate", ["affine", "spline"])
+def test_zukos_own_weights(univariate):
+    options = (
+        {}
+        if univariate == "affine"
+        else {
+            "univariate": zuko.transforms.MonotonicRQSTransform,
+            "shapes": [(3,), (3,), (2,)],
+        }
+    )
+    t = FastInverse(
+        zuko.flows.MaskedAutoregressiveTransform(
+            3, 2, hidden_features=(8,), activation=nn.Tanh, **options
+        ),
+        exact,
+    )
+    inputs = (*leaves((2, 3), (2,)), *t.parameters())
+    assert gradcheck(lambda y, c, *_: t(c).inv(y), inputs, fast_mode=True)
+
+
+def test_gradients_agree_with_those_of_zukos_unrolled_passes():
+    ours = FastInverse(zuko.flows.MaskedAutoregressiveTransform(6))
+    y = torch.randn(5, 6)
+    grads = [
+        torch.autograd.grad(t().inv(y).square().sum(), [*ours.parameters()], retain_graph=True)
+        for t in (ours, ours.transform)
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_memory_does_not_grow_with_passes():
+    def saved_bytes(passes):
+        size = 12
+        weight = torch.zeros(size, size)
+        weight.diagonal(-1)[: passes - 1] = 1.0  # a chain: exactly this many passes
+        weight = nn.Parameter(weight)
+        t = TriangularTransform(
+            lambda x: zuko.transforms.AdditiveTransform(torch.tanh(x @ weight.T)), phi=[weight]
+        )
+        saved = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda s: saved.append(s.nbytes) or s, lambda s: s
+        )
+        with hooks, record_inversions() as inversions:
+            x = t.inv(torch.randn(64, size))
+        assert x.requires_grad
+        return sum(saved), inversions[0].iterations
+
+    short, long = saved_bytes(2), saved_bytes(11)
+    assert long[1] > short[1] + 5
+    assert long[0] == short[0]
+
+
+def test_backward_may_run_twice():
+    t = LDU(3)
+    x = t.inv(torch.randn(5, 3))
+    x.sum().backward(retain_graph=True)
+    first = [p.grad.clone() for p in t.parameters() if p.grad is not None]
+    x.sum().backward()
+    second = [p.grad for p in t.parameters() if p.grad is not None]
+    for a, b in zip(first, second, strict=True):
+        assert torch.allclose(2 * a, b)
+
+
+def test_missing_phi_is_an_error():
+    weight = torch.randn(3, 3).tril(-1).requires_grad_()
+    t = TriangularTransform(lambda x: zuko.transforms.AdditiveTransform(x @ weight.T))
+    with pytest.raises(ValueError, match="'phi' is empty, but 'conditioner' depends on"):
+        t.inv(torch.randn(3))
+    with torch.no_grad():
+        t.inv(torch.randn(3))
+
+
+def transforms():
+    sinusoid = SinusoidalTransform(*torch.randn(3, 3, 4), *torch.randn(2, 3), solver=exact)
+    return {
+        "sinusoid": sinusoid,
+        "block": perturb(LDU(3, solver=exact)),
+        "autoregressive": perturb(
+            SinusoidalFlow(3, transforms=2, conditioner="autoregressive", solver=exact)
+        )().transform,
+    }
+
+
+@pytest.mark.parametrize("name", ["sinusoid", "block", "autoregressive"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_torch_func(name, direction):
+    t = transforms()[name]
+    t = t if direction == "forward" else t.inv
+    x, v = torch.randn(4, 3), torch.randn(3)
+    expected = torch.stack([torch.autograd.functional.jacobian(t, row) for row in x])
+
+    assert torch.allclose(torch.func.vmap(t)(x), t(x), atol=1e-10)
+    assert torch.allclose(torch.func.vmap(torch.func.jacrev(t))(x), expected, atol=1e-8)
+    assert torch.allclose(torch.func.vmap(torch.func.jacfwd(t))(x), expected, atol=1e-8)
+    value, tangent = torch.func.jvp(t, (x[0],), (v,))
+    assert torch.allclose(value, t(x[0]), atol=1e-10)
+    assert torch.allclose(tangent, expected[0] @ v, atol=1e-8)
+    ladj = torch.func.vmap(lambda row: t.call_and_ladj(row)[1].sum())(x)
+    assert torch.allclose(ladj, expected.slogdet().logabsdet, atol=1e-8)
+
+
+def test_torch_func_over_parameters_of_a_log_density():
+    flow = perturb(SinusoidalFlow(3, 2, transforms=2))
+    parameters = {n: p.detach() for n, p in flow.named_parameters()}
+    x, c = torch.randn(4, 3), torch.randn(4, 2)
+
+    class Density(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x, c):
+            return self.flow(c).log_prob(x)
+
+    def loss(parameters, x, c):
+        named = {f"flow.{n}": p for n, p in parameters.items()}
+        return torch.func.functional_call(Density(), named, (x, c))
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, c)
+    flow.zero_grad()
+    flow(c).log_prob(x).sum().backward()
+    for name, parameter in flow.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(per_sample[name].sum(0), grad, atol=1e-10)
+
+
+def test_vmap_over_parameters_of_an_inverse():
+    p = [torch.randn(5, 3, 4) for _ in range(3)] + [torch.randn(5, 3) for _ in range(2)]
+    y = torch.randn(3)
+    together = torch.func.vmap(lambda *p: SinusoidalTransform(*p, solver=exact).inv(y))(*p)
+    one_by_one = [SinusoidalTransform(*q, solver=exact).inv(y) for q in zip(*p, strict=True)]
+    assert torch.allclose(together, torch.stack(one_by_one), atol=1e-10)

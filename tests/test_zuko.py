@@ -1,0 +1,158 @@
+"""At home in zuko: mixed with its transforms, saved, pickled, and every option of the flow."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import zuko
+from conftest import perturb
+from torch import nn
+from zuko.flows import ElementWiseTransform, GeneralCouplingTransform, MaskedAutoregressiveTransform
+from zuko.lazy import Flow, UnconditionalTransform
+
+from pyro_sinflow import (
+    LDU,
+    ConditionalLDU,
+    SinusoidalFlow,
+    SinusoidalTransform,
+    fast_inverse,
+    record_inversions,
+)
+
+OPTIONS = [
+    {},
+    {"scale": True},
+    {"context_diagonal": True},
+    {"randperm": True, "residual": True, "activation": nn.ELU, "hidden_features": (32,) * 3},
+    {"sinusoids": 1, "components": 1, "transforms": 1},
+    {"conditioner": "autoregressive"},
+    {"conditioner": "autoregressive", "randperm": True, "residual": True, "sinusoids": 3},
+]
+
+
+def standard(features):
+    return zuko.flows.MAF(features).base
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("features", [1, 5, (2, 3, 3)])
+@pytest.mark.parametrize("context", [0, 4])
+def test_stands_where_nsf_stands(options, features, context):
+    flow = perturb(SinusoidalFlow(features, context, **options), 0.05)
+    shape = (features,) if isinstance(features, int) else features
+    c = torch.randn(7, context) if context else None
+    batch = (7,) if context else ()
+    d = flow(c)
+    assert d.event_shape == shape
+    assert d.batch_shape == batch
+    x = d.rsample((3,))
+    assert x.shape == (3, *batch, *shape)
+    x, log_prob = d.rsample_and_log_prob((3,))
+    assert torch.allclose(d.log_prob(x), log_prob, atol=1e-3)
+    flow(c).log_prob(x.detach()).mean().neg().backward()
+    for name, p in flow.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+    assert x.shape == (3, *batch, *shape)
+    assert "SinusoidalFlow(" in repr(flow)
+
+
+def test_starts_near_the_base():
+    flow = SinusoidalFlow(3, transforms=4)
+    x = torch.randn(100, 3)
+    for block in flow.transform.transforms[:-1]:
+        assert torch.equal(block().diagonal(x), x)
+    assert torch.equal(flow.transform.transforms[-1]()(x), x)
+
+
+def test_mixes_with_zukos_transforms():
+    flow = Flow(
+        [
+            ConditionalLDU(4, context=2),
+            MaskedAutoregressiveTransform(4, 2),
+            GeneralCouplingTransform(4, 2, mask=torch.arange(4) % 2 == 0),
+            ConditionalLDU(4, context=2, scale=True).inv,
+            UnconditionalTransform(zuko.transforms.RotationTransform, torch.randn(4, 4)),
+            UnconditionalTransform(
+                SinusoidalTransform, *torch.randn(3, 4, 3), torch.randn(4), torch.randn(4)
+            ),
+        ],
+        standard(4),
+    )
+    c = torch.randn(5, 2)
+    x = flow(c).sample((3,))
+    assert x.shape == (3, 5, 4)
+    log_prob = flow(c).log_prob(x)
+    assert log_prob.shape == (3, 5)
+    log_prob.sum().backward()
+    z = flow(c).transform(x)
+    assert torch.allclose(flow(c).transform.inv(z), x, atol=1e-3)
+
+
+@pytest.mark.parametrize("lazy", [MaskedAutoregressiveTransform, ElementWiseTransform])
+def test_sinusoid_as_univariate(lazy):
+    shapes = [(4,), (4,), (4,), (), ()]
+    t = lazy(3, 2, univariate=SinusoidalTransform, shapes=shapes)
+    c, x = torch.randn(2), torch.randn(5, 3)
+    assert "SinusoidalTransform(components: 4" in repr(t)
+    assert torch.allclose(t(c).inv(t(c)(x)), x, atol=1e-4)
+    fast = fast_inverse(Flow([t], standard(3)))
+    with record_inversions():
+        assert torch.allclose(fast(c).transform.inv(t(c)(x)), x, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_state_dict_and_pickle(options):
+    flow = perturb(SinusoidalFlow(3, 2, **options), 0.05)
+    c, x = torch.randn(2), torch.randn(5, 3)
+    expected = flow(c).log_prob(x)
+
+    file = io.BytesIO()
+    torch.save(flow.state_dict(), file)
+    file.seek(0)
+    torch.manual_seed(1)
+    again = SinusoidalFlow(3, 2, **options)
+    if "randperm" in options:  # an order is not a weight, but is in the masks
+        again = copy.deepcopy(flow)
+        perturb(again)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(again(c).log_prob(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(flow))(c).log_prob(x), expected)
+    assert torch.equal(copy.deepcopy(flow)(c).log_prob(x), expected)
+    assert torch.equal(fast_inverse(flow)(c).log_prob(x), expected)
+
+    file = io.BytesIO()
+    torch.save(flow, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(c).log_prob(x), expected)
+
+
+def test_random_orders_survive_a_state_dict():
+    flow = perturb(SinusoidalFlow(6, transforms=2, randperm=True))
+    torch.manual_seed(123)
+    other = SinusoidalFlow(6, transforms=2, randperm=True)
+    other.load_state_dict(flow.state_dict())
+    x = torch.randn(5, 6)
+    assert torch.equal(other().log_prob(x), flow().log_prob(x))
+    z = flow().transform(x)
+    assert torch.allclose(other().transform.inv(z), x, atol=1e-3)
+
+
+def test_order():
+    order = [2, 0, 1]
+    block = perturb(ConditionalLDU(3, order=order))
+    jacobian = torch.autograd.functional.jacobian(block().lower, torch.randn(3))
+    rank = torch.tensor(order)
+    assert torch.equal(jacobian != 0, rank[:, None] >= rank)
+    jacobian = torch.autograd.functional.jacobian(block().upper, torch.randn(3))
+    assert torch.equal(jacobian != 0, rank[:, None] <= rank)
+
+
+def test_zuko_transforms_compose_with_a_module():
+    t = zuko.transforms.ComposedTransform(LDU(3), zuko.transforms.SoftclipTransform(bound=9.0))
+    x = torch.randn(5, 3)
+    y, ladj = t.call_and_ladj(x)
+    assert ladj.shape == (5,)
+    assert torch.allclose(t.inv(y), x, atol=1e-4)
