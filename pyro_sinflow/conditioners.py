@@ -27,7 +27,7 @@ from ._checks import (
     check_tensor,
 )
 from .inversion import Solver
-from .transforms import SinusoidalTransform, TriangularTransform
+from .transforms import SinusoidalChain, TriangularTransform
 
 
 def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
@@ -69,27 +69,6 @@ def initial_sinusoids(*shape: int, components: int) -> tuple[Tensor, Tensor, Ten
     return frequency, phase, torch.zeros(*shape, components)
 
 
-def chain(
-    frequency: Tensor,
-    phase: Tensor,
-    weight: Tensor,
-    residual: Tensor,
-    shift: Tensor,
-    *,
-    slope: float = 1e-3,
-    solver: Solver = Solver(),
-) -> Transform:
-    """Composes M sinusoids, from tensors of shape (*, M, K), or (*, M) for the last two."""
-    parameters = zip(
-        *(p.unbind(-2) for p in (frequency, phase, weight)),
-        *(p.unbind(-1) for p in (residual, shift)),
-        strict=True,
-    )
-    return ComposedTransform(
-        *(SinusoidalTransform(*p, slope=slope, solver=solver) for p in parameters)
-    )
-
-
 def affine_chain(
     loc: Tensor,
     log_scale: Tensor,
@@ -100,8 +79,10 @@ def affine_chain(
     **kwargs: Any,
 ) -> Transform:
     """Composes an affine map and M sinusoids, from the outputs of a conditioner."""
-    sinusoids = chain(frequency, phase, weight, residual, torch.zeros_like(residual), **kwargs)
-    return ComposedTransform(MonotonicAffineTransform(loc, log_scale), *sinusoids.transforms)
+    sinusoids = SinusoidalChain(
+        frequency, phase, weight, residual, torch.zeros_like(residual), **kwargs
+    )
+    return ComposedTransform(MonotonicAffineTransform(loc, log_scale), sinusoids)
 
 
 class MaskedNetwork(nn.Module):
@@ -348,7 +329,7 @@ class LazySinusoids(ElementWiseModule):
         }
         super().__init__(parameters, context, hidden_features, activation)
 
-        self.build = partial(chain, slope=slope, solver=solver)
+        self.build = partial(SinusoidalChain, slope=slope, solver=solver)
 
     def forward(self, c: Tensor | None = None) -> Transform:
         """Returns the transformation, given a context."""

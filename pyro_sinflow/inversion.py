@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -129,71 +129,141 @@ def _missed(problem: str, worst: Tensor, tolerance: float, iterations: int) -> s
     )
 
 
+class Increasing(Protocol):
+    """An increasing function of each element of x, with shape (B, N)."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns value and slope, with shape (B, N)."""
+
+    def take(self, rows: Tensor) -> Increasing:
+        """Returns the functions of some of the B rows."""
+
+
 def solve_bracketed(
-    function: Callable[[Tensor], tuple[Tensor, Tensor]],
-    y: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    start: Tensor,
-    solver: Solver,
+    function: Increasing, y: Tensor, lower: Tensor, upper: Tensor, start: Tensor, solver: Solver
 ) -> Tensor:
     r"""Solves :math:`f(x) = y` element by element, for an increasing :math:`f`.
 
-    Each iteration halves the residual or the bracket, or does better.
+    A few Newton steps, kept in the bracket, settle nearly all elements. What remains is solved
+    apart, with bisection as a safeguard: each iteration halves the residual or the bracket, or does
+    better.
 
     Args:
         function: Returns value and slope of :math:`f`.
-        y: The values to invert, with shape :math:`(*)`.
-        lower: A lower bound of the root, with shape :math:`(*)`.
-        upper: An upper bound of the root, with shape :math:`(*)`.
-        start: The first guess, with shape :math:`(*)`.
+        y: The values to invert, with shape :math:`(B, N)`.
+        lower: A lower bound of the root, with shape :math:`(B, N)`.
+        upper: An upper bound of the root, with shape :math:`(B, N)`.
+        start: The first guess, with shape :math:`(B, N)`.
         solver: Method, tolerance and number of iterations.
 
     Returns:
-        The root, with shape :math:`(*)`.
+        The root, with shape :math:`(B, N)`.
 
     Warns:
         InversionWarning: If the tolerance is missed.
     """
-    banach = solver.method == "banach"
-    aim, tolerance = solver.tolerances(y.dtype)
-    eps = torch.finfo(y.dtype).eps
     look = readable(y, lower)
-    limit = solver.max_iter or (100 if banach else 200 if look else 40)
+    if solver.method == "banach":
+        x, iterations, error = _banach(function, y, start, solver)
+    elif not look:
+        x = start.clamp(lower, upper)
+        x, iterations, error = _safeguarded(function, y, lower, upper, x, solver, limit=40)
+    else:
+        x, iterations, error = _newton(function, y, lower, upper, start, solver)
 
-    x = start if banach else start.clamp(lower, upper)
+    _record("sinusoid", iterations, x)
+    if look and x.numel():
+        _, tolerance = solver.tolerances(y.dtype)
+        if not error <= tolerance:
+            warnings.warn(
+                _missed("sinusoidal", error, tolerance, iterations), InversionWarning, stacklevel=2
+            )
+    return x
+
+
+def _banach(
+    function: Increasing, y: Tensor, x: Tensor, solver: Solver
+) -> tuple[Tensor, int, Tensor]:
+    """Algorithm 1 of the paper."""
+    aim, _ = solver.tolerances(y.dtype)
+    limit = solver.max_iter or 100
+    for iteration in range(limit + 1):
+        error = function(x)[0] - y
+        relative = error.abs() / (1 + x.abs() + y.abs())
+        if iteration == limit or (readable(x) and bool((relative <= aim).all())):
+            break
+        x = x - error
+    return x, iteration, relative.max() if x.numel() else relative.sum()
+
+
+def _newton(
+    function: Increasing, y: Tensor, lower: Tensor, upper: Tensor, x: Tensor, solver: Solver
+) -> tuple[Tensor, int, Tensor]:
+    """Plain Newton steps for all elements, then safeguarded ones for those that need them."""
+    aim, _ = solver.tolerances(y.dtype)
+    limit = solver.max_iter or 200
+    bound = aim * (1 + y.abs())
+    x = x.clamp(lower, upper)
+    steps = min(limit, 4)
+    for iteration in range(steps + 1):
+        value, slope = function(x)
+        error = value - y
+        settled = error.abs() <= x.abs().mul_(aim).add_(bound)
+        if bool(settled.all()):
+            return x, iteration, bound.sum() * 0
+        if iteration < steps:
+            x = torch.where(settled, x, (x - error / slope).clamp(lower, upper))
+
+    rest = (~settled).flatten().nonzero().squeeze(-1)
+
+    def pick(tensor: Tensor) -> Tensor:
+        return tensor.flatten()[rest].unsqueeze(-1)
+
+    part = function.take(rest // max(x.shape[-1], 1))
+    solved, iterations, worst = _safeguarded(
+        part, pick(y), pick(lower), pick(upper), pick(x), solver, limit=limit - steps
+    )
+    x = x.flatten().index_copy(0, rest, solved.squeeze(-1)).view_as(x)
+    return x, steps + iterations, worst
+
+
+def _safeguarded(
+    function: Increasing,
+    y: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    x: Tensor,
+    solver: Solver,
+    limit: int,
+) -> tuple[Tensor, int, Tensor]:
+    """Newton's method, with bisection where it leaves the bracket or fails to halve the residual."""
+    aim, _ = solver.tolerances(y.dtype)
+    eps = torch.finfo(y.dtype).eps
+    look = readable(x)
+    if not look and solver.max_iter:
+        limit = solver.max_iter
+
     value, slope = function(x)
     error = value - y
     previous = torch.full_like(error, torch.inf)
-
-    for iteration in range(limit):
-        small = error.abs() <= aim * (1 + x.abs() + y.abs())
-        if not banach:  # or there is no number left between the bounds
-            small = small | (upper - lower <= 2 * eps * x.abs())
-        if look and bool(small.all()):
-            limit = iteration
+    iteration = 0
+    for iteration in range(limit + 1):
+        settled = error.abs() <= aim * (1 + x.abs() + y.abs())
+        settled = settled | (upper - lower <= 2 * eps * x.abs())  # no number left between them
+        if iteration == limit or (look and bool(settled.all())):
             break
-        if banach:
-            x = x - error
-        else:
-            lower = torch.where(error < 0, x, lower)
-            upper = torch.where(error > 0, x, upper)
-            step = x - error / slope
-            bisect = (step < lower) | (step > upper) | (error.abs() > previous / 2)
-            step = torch.where(bisect, lower + (upper - lower) / 2, step)
-            x = torch.where(small, x, step)
-            previous = error.abs()
+        lower = torch.where(error < 0, x, lower)
+        upper = torch.where(error > 0, x, upper)
+        step = x - error / slope
+        bisect = (step < lower) | (step > upper) | (error.abs() > previous / 2)
+        step = torch.where(bisect, lower + (upper - lower) / 2, step)
+        x = torch.where(settled, x, step)
+        previous = error.abs()
         value, slope = function(x)
         error = value - y
 
-    _record("sinusoid", limit, x)
-    if look and x.numel():
-        worst = (error.abs() / (1 + x.abs() + y.abs())).max()
-        if not worst <= tolerance:
-            warnings.warn(
-                _missed("sinusoidal", worst, tolerance, limit), InversionWarning, stacklevel=2
-            )
-    return x
+    relative = error.abs() / (1 + x.abs() + y.abs())
+    return x, iteration, relative.max() if x.numel() else relative.sum()
 
 
 class TriangularMap(NamedTuple):

@@ -26,7 +26,7 @@ from ._checks import (
     readable,
 )
 from .inversion import Solver, TriangularMap, invert_triangular
-from .sinusoid import Parameters, Sinusoid, SinusoidInverse, constrain
+from .sinusoid import Parameters, chain, constrain, invert_chain
 
 
 class SinusoidalTransform(Bijection):
@@ -119,13 +119,16 @@ class SinusoidalTransform(Bijection):
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.frequency, self.phase, self.weight, self.residual, self.shift
 
+    def _chained(self) -> Parameters:
+        """The unconstrained parameters of a chain, here of one sinusoid."""
+        frequency, phase, weight, residual, shift = self._tensors()
+        vectors = (t.unsqueeze(-2) for t in (frequency, phase, weight))
+        return Parameters(*vectors, residual.unsqueeze(-1), shift.unsqueeze(-1))
+
     @property
     def batch_shape(self) -> Size:  # type: ignore[override]
         """The shape that the parameters broadcast to, without the components."""
-        a, b, w, residual, shift = self._tensors()
-        return torch.broadcast_shapes(
-            a.shape[:-1], b.shape[:-1], w.shape[:-1], residual.shape, shift.shape
-        )
+        return self._chained().batch_shape
 
     def __repr__(self) -> str:
         return (
@@ -134,7 +137,7 @@ class SinusoidalTransform(Bijection):
         )
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, SinusoidalTransform):
+        if type(self) is not type(other) or not isinstance(other, SinusoidalTransform):
             return False
         pairs = zip(self._tensors(), other._tensors(), strict=True)
         return self.slope == other.slope and all(torch.equal(a, b) for a, b in pairs)
@@ -146,17 +149,58 @@ class SinusoidalTransform(Bijection):
         check_dtype(name, x, self.frequency.dtype)
         check_broadcast(**{name: x.shape, "parameters": self.batch_shape})
 
-    def _constrained(self) -> Parameters:
-        return constrain(*self._tensors(), self.slope)
-
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        p = self._constrained()
-        y, slope = Sinusoid.apply(at_least_float32(x), *p)
-        return y, slope.log()
+        return chain(at_least_float32(x), constrain(*self._chained(), slope=self.slope))
 
     def _inverse(self, y: Tensor) -> Tensor:
-        p = self._constrained()
-        return SinusoidInverse.apply(self.solver, at_least_float32(y), *p)
+        p = constrain(*self._chained(), slope=self.slope)
+        return invert_chain(at_least_float32(y), p, self.solver)
+
+
+class SinusoidalChain(SinusoidalTransform):
+    """Composes M sinusoids, and evaluates them together.
+
+    The tensors have shape :math:`(*, M, K)`, or :math:`(*, M)` for ``residual`` and ``shift``. They
+    come from modules, and are not checked.
+
+    Args:
+        frequency: The unconstrained frequencies.
+        phase: The phases.
+        weight: The unconstrained weights.
+        residual: The unconstrained residual weights.
+        shift: The shifts.
+        slope: The smallest slope of each sinusoid.
+        solver: How the inverse is computed.
+    """
+
+    def __init__(
+        self,
+        frequency: Tensor,
+        phase: Tensor,
+        weight: Tensor,
+        residual: Tensor,
+        shift: Tensor,
+        *,
+        slope: float = 1e-3,
+        solver: Solver = Solver(),
+    ) -> None:
+        Bijection.__init__(self)
+
+        self.frequency = frequency
+        self.phase = phase
+        self.weight = weight
+        self.residual = residual
+        self.shift = shift
+        self.slope = slope
+        self.solver = solver
+
+    def _chained(self) -> Parameters:
+        return Parameters(*self._tensors())
+
+    def __repr__(self) -> str:
+        *_, m, k = self.frequency.shape
+        shape = tuple(self.batch_shape)
+        return f"SinusoidalChain(sinusoids: {m}, components: {k}, batch_shape: {shape})"
 
 
 class TriangularTransform(Bijection):
