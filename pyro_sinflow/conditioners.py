@@ -14,7 +14,7 @@ import torch
 from torch import LongTensor, Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyTransform
-from zuko.nn import MLP, MaskedMLP
+from zuko.nn import MLP, MaskedLinear, MaskedMLP
 from zuko.transforms import ComposedTransform, MonotonicAffineTransform
 from zuko.utils import broadcast, unpack
 
@@ -140,6 +140,11 @@ class MaskedNetwork(nn.Module):
                 else lambda: nn.Sequential(make(), nn.Dropout(dropout)),
                 residual=residual,
             )
+            for layer in self.network.modules():
+                if isinstance(
+                    layer, MaskedLinear
+                ):  # a product with booleans is several times slower
+                    layer.mask = layer.mask.to(layer.weight.dtype)
             self.bias = self.network[-1].bias
         else:  # one feature without a context: nothing to depend on
             self.network = None

@@ -26,7 +26,7 @@ from ._checks import (
     readable,
 )
 from .inversion import Solver, TriangularMap, invert_triangular
-from .sinusoid import Parameters, chain, constrain, invert_chain
+from .sinusoid import Chain, constrain, evaluate, invert
 
 
 class SinusoidalTransform(Bijection):
@@ -119,16 +119,18 @@ class SinusoidalTransform(Bijection):
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.frequency, self.phase, self.weight, self.residual, self.shift
 
-    def _chained(self) -> Parameters:
-        """The unconstrained parameters of a chain, here of one sinusoid."""
+    def _chain(self) -> Chain:
+        """The sinusoids as a chain, here of one."""
         frequency, phase, weight, residual, shift = self._tensors()
         vectors = (t.unsqueeze(-2) for t in (frequency, phase, weight))
-        return Parameters(*vectors, residual.unsqueeze(-1), shift.unsqueeze(-1))
+        scalars = (t.unsqueeze(-1) for t in (residual, shift))
+        return constrain(*vectors, *scalars, slope=self.slope)
 
     @property
     def batch_shape(self) -> Size:  # type: ignore[override]
         """The shape that the parameters broadcast to, without the components."""
-        return self._chained().batch_shape
+        *vectors, residual, shift = self._tensors()
+        return torch.broadcast_shapes(*(t.shape[:-1] for t in vectors), residual.shape, shift.shape)
 
     def __repr__(self) -> str:
         return (
@@ -150,11 +152,10 @@ class SinusoidalTransform(Bijection):
         check_broadcast(**{name: x.shape, "parameters": self.batch_shape})
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return chain(at_least_float32(x), constrain(*self._chained(), slope=self.slope))
+        return evaluate(at_least_float32(x), self._chain())
 
     def _inverse(self, y: Tensor) -> Tensor:
-        p = constrain(*self._chained(), slope=self.slope)
-        return invert_chain(at_least_float32(y), p, self.solver)
+        return invert(at_least_float32(y), self._chain(), self.solver)
 
 
 class SinusoidalChain(SinusoidalTransform):
@@ -194,8 +195,13 @@ class SinusoidalChain(SinusoidalTransform):
         self.slope = slope
         self.solver = solver
 
-    def _chained(self) -> Parameters:
-        return Parameters(*self._tensors())
+    def _chain(self) -> Chain:
+        return constrain(*self._tensors(), slope=self.slope)
+
+    @property
+    def batch_shape(self) -> Size:  # type: ignore[override]
+        """The shape that the parameters broadcast to, without sinusoids and components."""
+        return super().batch_shape[:-1]
 
     def __repr__(self) -> str:
         *_, m, k = self.frequency.shape
