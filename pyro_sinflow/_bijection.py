@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
-from ._checks import check_broadcast, check_tensor, readable
+from ._checks import check_broadcast, check_choice, check_shape, check_tensor, readable
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -32,6 +32,7 @@ class Bijection(Transform):
     batch_shape: Size  # of the parameters, which inputs broadcast with
 
     def __init__(self, cache_size: int = 0) -> None:
+        check_choice("cache_size", cache_size, (0, 1))
         super().__init__(cache_size=cache_size)
         self.clear_cache()
 
@@ -59,7 +60,7 @@ class Bijection(Transform):
             self._check("x", x)
             return self._call(x)
         x_old, y_old = self._cached()
-        if x is x_old:
+        if x_old is not None and x is x_old:
             return y_old
         y, ladj = self.call_and_ladj(x)
         self._remember(x, y, ladj)
@@ -67,7 +68,7 @@ class Bijection(Transform):
 
     def _inv_call(self, y: Tensor) -> Tensor:
         x_old, y_old = self._cached()
-        if y is y_old:
+        if y_old is not None and y is y_old:
             return x_old
         self._check("y", y)
         x = self._inverse(y)
@@ -81,17 +82,18 @@ class Bijection(Transform):
             return self._cached_ladj
         self._check("y", y)
         _, ladj = self.call_and_ladj(x)
+        check_broadcast(x=x.shape, y=y.shape)
         return ladj
 
     def forward_shape(self, shape: Size) -> Size:
         """Infers the shape of the output: the batch broadcasts with that of the parameters."""
+        shape = check_shape("shape", shape)
         cut = len(shape) - self.domain.event_dim
         if cut < 0:
             raise ValueError(
-                f"'shape' should have at least {self.event_dim} dimensions, got {shape}."
+                f"'shape' should have at least {self.event_dim} dimensions, got {tuple(shape)}."
             )
-        batch_shape = check_broadcast(shape=Size(shape[:cut]), parameters=self.batch_shape)
-        return batch_shape + Size(shape[cut:])
+        return check_broadcast(shape=shape[:cut], parameters=self.batch_shape) + shape[cut:]
 
     def inverse_shape(self, shape: Size) -> Size:
         """Infers the shape of the input."""
@@ -106,8 +108,7 @@ class Bijection(Transform):
 
     def with_cache(self, cache_size: int = 1) -> Transform:
         """Returns the same transform, parameters shared, with another cache."""
-        if cache_size not in (0, 1):
-            raise ValueError(f"'cache_size' should be 0 or 1, got {cache_size!r}.")
+        check_choice("cache_size", cache_size, (0, 1))
         if self._cache_size == cache_size:
             return self
         new = copy.copy(self)

@@ -42,8 +42,12 @@ def check_tensor(name: str, x: Any) -> None:
 
 
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
-    """Requires the dtype of the parameters, save under autocast, which mixes them on purpose."""
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    """Requires the dtype of the parameters, once half precision is lifted to float32.
+
+    Autocast mixes dtypes on purpose, and is let through.
+    """
+    given, expected = (torch.promote_types(d, torch.float32) for d in (x.dtype, dtype))
+    if given != expected and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"'{name}' should have the parameters' dtype {dtype}, got {x.dtype}; "
             f"convert one of them with '.to(...)'."
@@ -57,10 +61,16 @@ def check_event(name: str, x: Tensor, event_shape: Size) -> None:
         raise ValueError(f"'{name}' should have shape ({expected}), got {tuple(x.shape)}.")
 
 
+def broadcast(*shapes: Size) -> Size:
+    """Returns the shape that shapes broadcast to, at no cost where they are equal."""
+    first, *rest = shapes
+    return first if all(shape == first for shape in rest) else torch.broadcast_shapes(*shapes)
+
+
 def check_broadcast(**shapes: Size) -> Size:
     """Requires shapes that broadcast together, and returns the common one."""
     try:
-        return torch.broadcast_shapes(*shapes.values())
+        return broadcast(*shapes.values())
     except RuntimeError:
         given = ", ".join(f"'{name}' {tuple(shape)}" for name, shape in shapes.items())
         raise ValueError(f"Shapes should broadcast together, got {given}.") from None
@@ -81,12 +91,18 @@ def check_size(name: str, n: Any, minimum: int = 1) -> int:
 
 def check_sizes(name: str, sizes: Any) -> Size:
     """Requires a non-empty sequence of positive integers; an int stands for a sequence of one."""
-    if isinstance(sizes, Iterable) and not isinstance(sizes, str | Tensor):
-        sizes = tuple(sizes)
-        if not sizes:
-            raise ValueError(f"'{name}' should not be empty.")
-        return Size(check_size(name, n) for n in sizes)
-    return Size([check_size(name, sizes)])
+    if not isinstance(sizes, Iterable) or isinstance(sizes, str | Tensor):
+        return Size([check_size(name, sizes)])
+    if len(sizes := tuple(sizes)) == 0:
+        raise ValueError(f"'{name}' should hold at least one integer, got {sizes}.")
+    return Size(check_size(name, n) for n in sizes)
+
+
+def check_shape(name: str, shape: Any) -> Size:
+    """Requires a sequence of integers of at least 0, which may be empty."""
+    if not isinstance(shape, Iterable) or isinstance(shape, str | Tensor):
+        raise TypeError(f"'{name}' should be a sequence of integers, got {shape!r}.")
+    return Size(check_size(name, n, minimum=0) for n in shape)
 
 
 def check_real(name: str, value: Any, low: float, high: float) -> float:
@@ -98,7 +114,7 @@ def check_real(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Requires one of the choices."""
     if value not in choices:
         raise ValueError(f"'{name}' should be one of {choices}, got {value!r}.")

@@ -232,7 +232,7 @@ class LazyTriangular(LazyTransform):
         """Returns the transformation, given a context."""
         return TriangularTransform(
             partial(self.meta, c),
-            phi=(*self.parameters(), *(() if c is None else (c,))),
+            phi=lambda: (*self.parameters(), *(() if c is None else (c,))),
             event_dim=len(self.features),
             solver=self.solver,
         )

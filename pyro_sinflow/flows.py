@@ -95,6 +95,8 @@ class SinusoidalFlow(Flow):
         check_size("transforms", transforms)
         check_flag("randperm", randperm)
         check_choice("conditioner", conditioner, ("independent", "autoregressive"))
+        if "order" in kwargs:
+            raise TypeError("'order' is not an option of SinusoidalFlow: use 'randperm'.")
         ascending = torch.arange(shape.numel())
 
         lazy: list[LazyTransform] = []
@@ -211,7 +213,7 @@ class FastInverse(LazyTransform):
         t = check_instance("transform(c)", self.transform(c), AutoregressiveTransform)
         return TriangularTransform(
             t.meta,
-            phi=(*self.parameters(), *(() if c is None else (c,))),
+            phi=lambda: (*self.parameters(), *(() if c is None else (c,))),
             passes=t.passes,
             solver=self.solver,
         )
@@ -238,6 +240,7 @@ def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
         True
     """
     check_instance("flow", flow, Flow)
+    check_instance("solver", solver, Solver)
 
     def convert(lazy: LazyTransform) -> LazyTransform:
         if isinstance(lazy, MaskedAutoregressiveTransform):

@@ -130,10 +130,10 @@ def _missed(problem: str, worst: Tensor, tolerance: float, iterations: int) -> s
 
 
 class Increasing(Protocol):
-    """An increasing function of each element of x, with shape (B, N)."""
+    """An increasing function of each element of x, with shape (B, 1, N)."""
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns value and slope, with shape (B, N)."""
+        """Returns value and slope, with shape (B, 1, N)."""
 
     def take(self, rows: Tensor) -> Increasing:
         """Returns the functions of some of the B rows."""
@@ -150,14 +150,14 @@ def solve_bracketed(
 
     Args:
         function: Returns value and slope of :math:`f`.
-        y: The values to invert, with shape :math:`(B, N)`.
-        lower: A lower bound of the root, with shape :math:`(B, N)`.
-        upper: An upper bound of the root, with shape :math:`(B, N)`.
-        start: The first guess, with shape :math:`(B, N)`.
+        y: The values to invert, with shape :math:`(B, 1, N)`.
+        lower: A lower bound of the root, with shape :math:`(B, 1, N)`.
+        upper: An upper bound of the root, with shape :math:`(B, 1, N)`.
+        start: The first guess, with shape :math:`(B, 1, N)`.
         solver: Method, tolerance and number of iterations.
 
     Returns:
-        The root, with shape :math:`(B, N)`.
+        The root, with shape :math:`(B, 1, N)`.
 
     Warns:
         InversionWarning: If the tolerance is missed.
@@ -217,13 +217,13 @@ def _newton(
     rest = (~settled).flatten().nonzero().squeeze(-1)
 
     def pick(tensor: Tensor) -> Tensor:
-        return tensor.flatten()[rest].unsqueeze(-1)
+        return tensor.flatten()[rest].reshape(-1, 1, 1)
 
     part = function.take(rest // max(x.shape[-1], 1))
     solved, iterations, worst = _safeguarded(
         part, pick(y), pick(lower), pick(upper), pick(x), solver, limit=limit - steps
     )
-    x = x.flatten().index_copy(0, rest, solved.squeeze(-1)).view_as(x)
+    x = x.flatten().index_copy(0, rest, solved.flatten()).view_as(x)
     return x, steps + iterations, worst
 
 

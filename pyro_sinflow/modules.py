@@ -184,9 +184,11 @@ class ConditionalLDU(LazyTransform):
         # zuko asks for the shape of an event without the context's batch, which is in the base.
         return LDUTransform(self.upper(c), diagonal, self.lower(c), batch_shape=Size())
 
-    def condition(self, context: Tensor) -> Transform:
+    def condition(self, context: Tensor | None = None) -> Transform:
         """Returns the block given a context, with a cache, as Pyro's conditional transforms do."""
-        return LDUTransform(*self(context).parts, batch_shape=context.shape[:-1], cache_size=1)
+        parts = self(context).parts
+        batch_shape = Size() if context is None else context.shape[:-1]
+        return LDUTransform(*parts, batch_shape=batch_shape, cache_size=1)
 
     @property
     def inv(self) -> ConditionalInverse:
@@ -197,7 +199,7 @@ class ConditionalLDU(LazyTransform):
 class ConditionalInverse(LazyInverse):
     """The inverse of a conditional transform, for zuko and for Pyro."""
 
-    def condition(self, context: Tensor) -> Transform:
+    def condition(self, context: Tensor | None = None) -> Transform:
         """Returns the inverse given a context, with a cache."""
         return self.transform.condition(context).inv
 

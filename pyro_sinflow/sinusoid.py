@@ -24,7 +24,7 @@ the ``B`` sets of parameters. ``x`` has shape :math:`(B, N)`, ``a``, ``c`` and `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,10 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.autograd import Function
 
+from ._checks import broadcast
 from .inversion import Solver, solve_bracketed
+
+_BLOCK = 2**17
 
 
 class Chain(NamedTuple):
@@ -46,7 +49,7 @@ class Chain(NamedTuple):
     @property
     def batch_shape(self) -> Size:
         """The common shape of the parameters, without the M sinusoids and K components."""
-        return torch.broadcast_shapes(*(p.shape[:-2] for p in self[:3]), self.d.shape[:-1])
+        return broadcast(*(p.shape[:-2] for p in self[:3]), self.d.shape[:-1])
 
 
 def constrain(
@@ -83,7 +86,7 @@ def _align(x: Tensor, chain: Chain) -> tuple[Tensor, Chain, Size]:
         parameters, these are neither copied nor expanded.
     """
     batch = chain.batch_shape
-    shape = torch.broadcast_shapes(x.shape, batch)
+    shape = broadcast(x.shape, batch)
     varying = [*batch]
     while varying and varying[0] == 1:
         varying.pop(0)
@@ -92,11 +95,12 @@ def _align(x: Tensor, chain: Chain) -> tuple[Tensor, Chain, Size]:
     rows = math.prod(varying)
     shared = math.prod(shape[: len(shape) - len(varying)])
 
-    x = x.expand(shape).reshape(shared, rows).t().contiguous()
-    a, c, s = (q.expand(*batch, *q.shape[-2:]).reshape(rows, *q.shape[-2:]) for q in chain[:3])
-    d = chain.d.expand(*batch, chain.d.shape[-1]).reshape(rows, chain.d.shape[-1])
+    def flat(q: Tensor, event: int) -> Tensor:
+        kept = q.shape[q.ndim - event :]
+        return q if q.shape == (rows, *kept) else q.expand(*batch, *kept).reshape(rows, *kept)
 
-    return x, Chain(a, c, s, d), shape
+    x = x.expand(shape).reshape(shared, rows).t().contiguous()
+    return x, Chain(*(flat(q, 2) for q in chain[:3]), flat(chain.d, 1)), shape
 
 
 def _restore(x: Tensor, shape: Size) -> Tensor:
@@ -112,24 +116,51 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b)
 
 
-def _features(x: Tensor, a: Tensor) -> Tensor:
-    """Returns P, Q and 1, with shape (B, 2K + 1, N), for x of shape (B, N) and a of (B, K)."""
-    x = x.unsqueeze(-2)
-    u = (a.unsqueeze(-1) * x).tan_()
-    r = u.square().add_(1).reciprocal_()  # the squared cosine
-    p = u * r
-    return torch.cat((p, u * p, torch.ones_like(x)), dim=-2)
+def _features(x: Tensor, a: Tensor, extra: Tensor, space: Tensor | None = None) -> Tensor:
+    """Returns P, Q and extra features, stacked.
+
+    Args:
+        x: The numbers, with shape (B, 1, N).
+        a: The frequencies, with shape (B, K, 1).
+        extra: Other features, with shape (B, E, N).
+        space: What :func:`_features` returned for another sinusoid with as many features. It is
+            overwritten: to allocate memory takes longer than to fill it.
+
+    Returns:
+        The features, with shape (B, 2K + E, N).
+    """
+    if space is None:
+        t = a * x
+        sine, cosine = t.sin(), t.cos()
+        return torch.cat((sine * cosine, sine * sine, extra), dim=1)
+    p, q, more = space.split((a.shape[1], a.shape[1], extra.shape[1]), dim=1)
+    torch.mul(a, x, out=q)
+    torch.cos(q, out=p)
+    q.sin_()
+    p.mul_(q)
+    q.square_()
+    more.copy_(extra)
+    return space
+
+
+def _reuses() -> bool:
+    """Whether memory may be overwritten: neither autograd nor the compiler is looking."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 class Sinusoid(NamedTuple):
-    """One sinusoid, as a function that is linear in its features."""
+    """One sinusoid, as a function that is linear in its features P, Q and 1."""
 
-    a: Tensor  # (B, K)
+    a: Tensor  # (B, K, 1)
     linear: Tensor  # the coefficients of value and slope, (B, 2, 2K + 1)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns value and slope."""
-        value, slope = _bmm(self.linear, _features(x, self.a)).unbind(dim=-2)
+        """Returns value and slope, with shape (B, 1, N)."""
+        return self.from_features(x, _features(x, self.a, torch.ones_like(x)))
+
+    def from_features(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns value and slope, given the features at x."""
+        value, slope = _bmm(self.linear, features).split(1, dim=1)
         return x + value, slope
 
     def take(self, rows: Tensor) -> Sinusoid:
@@ -143,79 +174,115 @@ def _sinusoids(chain: Chain) -> list[Sinusoid]:
     slope = torch.cat((s + s, -2 * c, 1 + c.sum(dim=-1, keepdim=True)), dim=-1)
     linear = torch.stack((value, slope), dim=-2)
 
-    return [*map(Sinusoid, a.unbind(1), linear.unbind(1))]
+    return [*map(Sinusoid, a.unsqueeze(-1).unbind(1), linear.unbind(1))]
 
 
-def _evaluate(x: Tensor, chain: Chain) -> tuple[list[Tensor], list[Tensor]]:
+def _evaluate(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """Evaluates a chain.
 
     Returns:
-        The input of each of the M sinusoids and the value of the last, and their slopes. All have
-        shape (B, N).
+        The value and the log-slope of the chain, with shape (B, N); then the slopes of the M
+        sinusoids, with shape (B, M, N), and the inputs of all but the first, (B, M - 1, N).
     """
-    values, slopes = [x], []
-    for sinusoid in _sinusoids(chain):
-        value, slope = sinusoid(values[-1])
+    values, slopes = [x.unsqueeze(1)], []
+    one, space = torch.ones_like(values[0]), None
+    for sinusoid in _sinusoids(Chain(*parameters)):
+        features = _features(values[-1], sinusoid.a, one, space)
+        value, slope = sinusoid.from_features(values[-1], features)
         values.append(value)
         slopes.append(slope)
+        space = features if _reuses() else None
+    slope = torch.cat(slopes, dim=1)
+    inputs = torch.cat(values[1:-1], dim=1) if len(slopes) > 1 else slope[:, :0].clone()
 
-    return values, slopes
+    return values[-1].squeeze(1), slope.log().sum(dim=1), slope, inputs
 
 
 def _pull(
-    chain: Chain,
-    inputs: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    gy: Tensor,
+    gy: Tensor | None,
     gl: Tensor | None,
+    x: Tensor,
+    a: Tensor,
+    c: Tensor,
+    s: Tensor,
+    d: Tensor,
+    slope: Tensor,
+    inputs: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Pulls cotangents of value and log-slope back to x and the parameters."""
-    a, c, s, _ = chain
-    ac, as_ = a * c, a * s
-    bend = torch.cat((-4 * ac, -4 * as_, 2 * as_.sum(dim=-1, keepdim=True)), dim=-1).unsqueeze(-2)
+    """Pulls cotangents of value and log-slope back to input and parameters.
 
-    # From the last sinusoid to the first, with everything summed over N as soon as it is there.
-    moments, cotangents = [], []
-    for m in reversed(range(a.shape[1])):
-        x, slope = inputs[m], slopes[m]
-        features = _features(x, a[:, m])
-        cotangents.append(gy)
-        if gl is None:
-            rows = gy.unsqueeze(-2)
-            gy = gy * slope
-        else:
-            gs = gl / slope
-            rows = torch.stack((gy, gs), dim=-2)
-            gy = torch.addcmul(gy * slope, gs, _bmm(bend[:, m], features).squeeze(-2))
-        rows = torch.cat((rows, rows * x.unsqueeze(-2)), dim=-2)
+    Args:
+        gy: The cotangent of the value, with shape (B, N), or :py:`None` for zero.
+        gl: The cotangent of the log-slope.
+        x: The input, with shape (B, N).
+        a: The frequencies.
+        c: The cosine amplitudes.
+        s: The sine amplitudes.
+        d: The shifts.
+        slope: The slopes that :func:`_evaluate` returns.
+        inputs: The inputs that :func:`_evaluate` returns.
+    """
+    x = torch.cat((x.unsqueeze(1), inputs), dim=1)  # of each sinusoid, (B, M, N)
+    m, k = a.shape[1:]
+    ac, as_ = -4 * a * c, 2 * a * s
+    bend = torch.cat((ac, -2 * as_, as_.sum(dim=-1, keepdim=True)), dim=-1)
+    zero = torch.zeros_like(x[:, :1])
+    g = zero if gy is None else gy.unsqueeze(1)
+    gs = None if gl is None else gl.unsqueeze(1) / slope
+    # From the last sinusoid to the first, with all that is of the size of x times K summed over N
+    # as soon as it is there.
+    powers = torch.stack((torch.ones_like(x), x), dim=2)  # (B, M, 2, N)
+    extra = torch.stack((torch.ones_like(x), x.square()), dim=2)
+    moments, space = [], None
+    for i in reversed(range(m)):
+        at = slice(i, i + 1)
+        features = _features(x[:, at], a[:, i].unsqueeze(-1), extra[:, i], space)
+        rows = powers[:, i] * g
+        g = g * slope[:, at]
+        if gs is not None:
+            rows = torch.cat((rows, powers[:, i] * gs[:, at]), dim=1)
+            g = torch.addcmul(g, gs[:, at], _bmm(bend[:, at], features[:, :-1]))
         moments.append(_bmm(rows, features.mT))
+        space = features if _reuses() else None
 
-    # Sums over N of P, Q or 1, times a cotangent, times 1 or x; each (B, M, K), or 1 in place of K.
-    k = a.shape[-1]
-    moment = torch.stack(moments[::-1], dim=1).split((k, k, 1), dim=-1)
-    p, q, one = (t.unbind(dim=-2) for t in moment)
-    first, last = 0, len(p) // 2  # without x, and with it
-
+    # Sums over N of P, Q, 1 and x^2, times cotangents, times 1 or x; each with shape (B, M, K or 1).
+    p, q, one, square = (
+        t.unbind(dim=2) for t in torch.stack(moments[::-1], dim=1).split((k, k, 1, 1), dim=-1)
+    )
     # The derivative of P / a by a is (x (1 - 2Q) - P / a) / a, a difference of nearly equal numbers
-    # where ax is small: there by its series.
-    x = torch.stack(tuple(inputs), dim=1)  # (B, M, N)
-    square = x.square()
-    cube = torch.stack(cotangents[::-1], dim=1) * square * x
-    third, fifth = cube.sum(dim=-1, keepdim=True), (cube * square).sum(dim=-1, keepdim=True)
-    reach = x.detach().abs().amax(dim=-1, keepdim=True) if x.shape[-1] else third
+    # where ax is small: there, it is the first term of its series.
+    reach = x.detach().abs().amax(dim=-1, keepdim=True) if x.numel() else one[0]
+    gc, gs_ = p[0] / a, q[0] / a
     p_a = torch.where(
         a * reach < torch.finfo(a.dtype).eps ** 0.25,
-        a * (8 / 15 * a.square() * fifth - 4 / 3 * third),
-        (one[last] - 2 * q[last] - p[first] / a) / a,
+        -4 / 3 * a * square[1],
+        (one[1] - 2 * q[1] - gc) / a,
     )
-    ga = c * p_a + s * (2 * p[last] - q[first] / a) / a
-    gc, gs = p[first] / a, q[first] / a
-    if gl is not None:
+    ga = c * p_a + s * (2 * p[1] - gs_) / a
+    if gs is not None:
         ga = ga + 2 * s * (one[3] - 2 * q[3]) - 4 * c * p[3]
-        gc = gc + one[1] - 2 * q[1]
-        gs = gs + 2 * p[1]
+        gc = gc + one[2] - 2 * q[2]
+        gs_ = gs_ + 2 * p[2]
 
-    return gy, ga, gc, gs, one[first].squeeze(-1)
+    return g.squeeze(1), ga, gc, gs_, one[0].squeeze(-1)
+
+
+def _by_rows(
+    function: Callable[..., tuple[Tensor, ...]], size: int, *args: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Applies a function to blocks of rows.
+
+    The temporaries of a block, of ``size`` elements a row, stay in the cache, and small enough that
+    the allocator keeps their memory: with large ones, it is the allocation that takes the time.
+    """
+    block = max(_BLOCK // max(size, 1), 1)
+    rows = next(len(arg) for arg in args if arg is not None)
+    if rows <= block or torch.compiler.is_compiling():
+        return function(*args)
+    count = -(-rows // block)
+    split = (count * [None] if arg is None else arg.split(block) for arg in args)
+    outputs = [function(*part) for part in zip(*split, strict=True)]
+    return tuple(map(torch.cat, zip(*outputs, strict=True)))
 
 
 def _push(
@@ -229,10 +296,12 @@ def _push(
     ladj, dladj = torch.zeros_like(x), torch.zeros_like(x)
     for m, sinusoid in enumerate(_sinusoids(chain)):
         am, cm, sm, dam, dcm, dsm = (t[:, m].unsqueeze(-1) for t in (a, c, s, da, dc, ds))
-        p, q, one = _features(x, sinusoid.a).split((a.shape[-1], a.shape[-1], 1), dim=-2)
-        y, slope = sinusoid(x)
-        along, cosine = x.unsqueeze(-2), one - 2 * q
-        dt = dam * along + am * dx.unsqueeze(-2)
+        along = x.unsqueeze(1)
+        features = _features(along, am, torch.ones_like(along))
+        p, q, one = features.split((am.shape[1], am.shape[1], 1), dim=1)
+        y, slope = (t.squeeze(1) for t in sinusoid.from_features(along, features))
+        cosine = one - 2 * q
+        dt = dam * along + am * dx.unsqueeze(1)
         dlog = dam / am
         dy = (
             dx
@@ -240,9 +309,9 @@ def _push(
             + (
                 ((dcm - cm * dlog) * p + (dsm - sm * dlog) * q + (cm * cosine + 2 * sm * p) * dt)
                 / am
-            ).sum(dim=-2)
+            ).sum(dim=1)
         )
-        dslope = (dcm * cosine + 2 * dsm * p + (2 * sm * cosine - 4 * cm * p) * dt).sum(dim=-2)
+        dslope = (dcm * cosine + 2 * dsm * p + (2 * sm * cosine - 4 * cm * p) * dt).sum(dim=1)
         ladj, dladj = ladj + slope.log(), dladj + dslope / slope
         x, dx = y, dy
 
@@ -263,9 +332,7 @@ class _Forward(Function):
 
     @staticmethod
     def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        (_, *values), slopes = _evaluate(x, Chain(*parameters))
-        ladj = torch.stack(slopes).log_().sum(dim=0)
-        return values[-1], ladj, *slopes, *values[:-1]
+        return _by_rows(_evaluate, parameters[0].shape[-1] * x.shape[-1], x, *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -276,21 +343,16 @@ class _Forward(Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gl: Tensor | None, *_: None) -> tuple[Any, ...]:
-        x, a, c, s, d, *kept = ctx.saved_tensors
-        chain, m = Chain(a, c, s, d), a.shape[1]
+        x, a, c, s, d, slope, inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # the derivative will itself be differentiated
-            values, slopes = _evaluate(x, chain)
-        else:
-            slopes, values = kept[:m], [x, *kept[m:]]
-        gy = torch.zeros_like(x) if gy is None else gy
-        return _pull(chain, values[:m], slopes, gy, gl)
+            _, _, slope, inputs = _evaluate(x, a, c, s, d)
+        return _by_rows(_pull, a.shape[-1] * x.shape[-1], gy, gl, x, a, c, s, d, slope, inputs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        chain = Chain(*parameters)
-        _, _, dy, dladj = _push(x, chain, tangents)
-        return dy, dladj, *[None] * (2 * chain.a.shape[1] - 1)
+        _, _, dy, dladj = _push(x, Chain(*parameters), tangents)
+        return dy, dladj, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Tensor) -> Any:
@@ -303,8 +365,8 @@ def _bracket(y: Tensor, a: Tensor, c: Tensor, s: Tensor, d: Tensor) -> tuple[Ten
     """Returns bounds of the root, in closed form from the bounds on slope and residual term."""
     info = torch.finfo(y.dtype)
     amplitude = torch.hypot(c, s) * (1 + 4 * info.eps)
-    size = amplitude.sum(dim=-1, keepdim=True)  # |alpha|
-    reach = (amplitude / a).sum(dim=-1, keepdim=True)
+    size = amplitude.sum(dim=1, keepdim=True)  # |alpha|
+    reach = (amplitude / a).sum(dim=1, keepdim=True)
     # f(0) = d and f' is in [1 - |alpha|, 1 + |alpha|]: x lies between z / (1 + |alpha|) and this.
     z = y - d
     far = z / (1 - size).clamp_min(info.tiny)
@@ -323,12 +385,12 @@ class _Inverse(Function):
     @staticmethod
     def forward(solver: Solver, y: Tensor, *parameters: Tensor) -> Tensor:
         chain = Chain(*parameters)
+        y = y.unsqueeze(1)
         for m, sinusoid in reversed([*enumerate(_sinusoids(chain))]):
-            a, c, s, d = (t[:, m] for t in chain)
-            d = d.unsqueeze(-1)
-            lower, upper = _bracket(y, a, c, s, d)
-            y = solve_bracketed(sinusoid, y, lower, upper, y - d, solver)
-        return y
+            a, c, s, d = (t[:, m].unsqueeze(-1) for t in chain)
+            lower, upper = _bracket(y, a, c, s, d.unsqueeze(-1))
+            y = solve_bracketed(sinusoid, y, lower, upper, y - d.unsqueeze(-1), solver)
+        return y.squeeze(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -338,10 +400,9 @@ class _Inverse(Function):
     @staticmethod
     def backward(ctx: Any, gx: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        chain = Chain(*parameters)
-        values, slopes = _evaluate(x, chain)
-        gy = gx / math.prod(slopes)
-        _, *grads = _pull(chain, values[:-1], slopes, -gy, None)
+        _, ladj, slope, inputs = _evaluate(x, *parameters)
+        gy = gx * (-ladj).exp()
+        _, *grads = _pull(-gy, None, x, *parameters, slope, inputs)
         return None, gy, *grads
 
     @staticmethod

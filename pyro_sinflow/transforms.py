@@ -17,6 +17,7 @@ from torch.distributions.utils import _sum_rightmost
 
 from ._bijection import Bijection, at_least_float32
 from ._checks import (
+    broadcast,
     check_broadcast,
     check_dtype,
     check_instance,
@@ -130,7 +131,7 @@ class SinusoidalTransform(Bijection):
     def batch_shape(self) -> Size:  # type: ignore[override]
         """The shape that the parameters broadcast to, without the components."""
         *vectors, residual, shift = self._tensors()
-        return torch.broadcast_shapes(*(t.shape[:-1] for t in vectors), residual.shape, shift.shape)
+        return broadcast(*(t.shape[:-1] for t in vectors), residual.shape, shift.shape)
 
     def __repr__(self) -> str:
         return (
@@ -228,9 +229,9 @@ class TriangularTransform(Bijection):
             of :mod:`zuko.transforms`, a :class:`SinusoidalTransform`, or a composition. Its
             parameters for a feature must depend on the features before it alone. It must be
             deterministic.
-        phi: The tensors that the conditioner depends on, apart from x. Gradients of the inverse
-            reach these, and no others. If :py:`None`, the parameters of the conditioner, should it
-            be a module.
+        phi: The tensors that the conditioner depends on, apart from x, or a function that returns
+            them. Gradients of the inverse reach these, and no others. If :py:`None`, the parameters
+            of the conditioner, should it be a module.
         passes: A bound of the number of passes, where one lower than the number of features is
             known (2 for a coupling). If :py:`None`, the number of features.
         event_dim: The number of dimensions of x that make up an event: 1 for vectors, 3 for
@@ -255,7 +256,7 @@ class TriangularTransform(Bijection):
     def __init__(
         self,
         conditioner: Callable[[Tensor], Transform],
-        phi: Iterable[Tensor] | None = None,
+        phi: Iterable[Tensor] | Callable[[], Iterable[Tensor]] | None = None,
         *,
         passes: int | None = None,
         event_dim: int = 1,
@@ -266,14 +267,13 @@ class TriangularTransform(Bijection):
         if not callable(conditioner):
             raise TypeError(f"'conditioner' should be callable, got {conditioner!r}.")
         if phi is None:
-            phi = conditioner.parameters() if isinstance(conditioner, nn.Module) else ()
-        phi = tuple(phi)
-        for tensor in phi:
-            check_instance("phi", tensor, Tensor)
+            phi = conditioner.parameters if isinstance(conditioner, nn.Module) else ()
+        if not callable(phi):
+            phi = tuple(check_instance("phi", tensor, Tensor) for tensor in phi)
         super().__init__(cache_size=cache_size)
 
         self.conditioner = conditioner
-        self.phi = phi
+        self._phi = phi
         self.passes = None if passes is None else check_size("passes", passes)
         self._event_dim = check_size("event_dim", event_dim)
         self.batch_shape = Size(batch_shape)
@@ -302,6 +302,11 @@ class TriangularTransform(Bijection):
     codomain = domain  # type: ignore[assignment]
     sign: ClassVar[int] = +1
 
+    @property
+    def phi(self) -> tuple[Tensor, ...]:
+        """The tensors that gradients of the inverse reach."""
+        return tuple(self._phi()) if callable(self._phi) else self._phi
+
     def _map(self) -> TriangularMap:
         # Apart from self: the graph of an inverse keeps it, and must not keep a cached pair.
         return TriangularMap(self.conditioner, self._event_dim)
@@ -317,14 +322,15 @@ class TriangularTransform(Bijection):
 
     def _inverse(self, y: Tensor) -> Tensor:
         y = at_least_float32(y).expand(self.forward_shape(y.shape))
-        if not self.phi and torch.is_grad_enabled() and readable(y):
+        phi = self.phi
+        if not phi and torch.is_grad_enabled() and readable(y):
             value = self._map().value(y.detach())
             if value.requires_grad:
                 raise ValueError(
                     "'phi' is empty, but 'conditioner' depends on tensors that require gradients, "
                     "which the gradient of the inverse would miss: list them in 'phi'."
                 )
-        return invert_triangular(self._map(), y, self.phi, self.solver, self.passes)
+        return invert_triangular(self._map(), y, phi, self.solver, self.passes)
 
 
 class LDUTransform(Bijection):
