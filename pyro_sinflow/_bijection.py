@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import zuko.transforms  # gives every transform 'call_and_ladj'  # noqa: F401
 from torch import Size, Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
 from ._checks import check_broadcast, check_choice, check_shape, check_tensor, readable
@@ -29,12 +29,21 @@ class Bijection(Transform):
     """
 
     bijective = True
+    sign: ClassVar[int] = +1  # of every slope, and so of the determinant
+    _event_dim = 0
     batch_shape: Size  # of the parameters, which inputs broadcast with
 
     def __init__(self, cache_size: int = 0) -> None:
         check_choice("cache_size", cache_size, (0, 1))
         super().__init__(cache_size=cache_size)
         self.clear_cache()
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """All real events."""
+        return constraints.independent(constraints.real, self._event_dim)
+
+    codomain = domain
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Returns both the transformed value and the log absolute determinant of the Jacobian."""

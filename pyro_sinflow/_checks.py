@@ -41,13 +41,19 @@ def check_tensor(name: str, x: Any) -> None:
         )
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is enabled on the device of x; some, such as "meta", know no autocast."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
     """Requires the dtype of the parameters, once half precision is lifted to float32.
 
     Autocast mixes dtypes on purpose, and is let through.
     """
     given, expected = (torch.promote_types(d, torch.float32) for d in (x.dtype, dtype))
-    if given != expected and not torch.is_autocast_enabled(x.device.type):
+    if given != expected and not autocasting(x):
         raise TypeError(
             f"'{name}' should have the parameters' dtype {dtype}, got {x.dtype}; "
             f"convert one of them with '.to(...)'."

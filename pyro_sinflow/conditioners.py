@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import LongTensor, Size, Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyTransform
 from zuko.nn import MLP, MaskedLinear, MaskedMLP
@@ -43,7 +43,7 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
         check_dtype("context", c, dtype)
 
 
-def check_order(order: Sequence[int] | LongTensor | None, features: Size) -> Tensor:
+def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
     """Requires a permutation of the features, and returns it."""
     n = features.numel()
     if order is None:
@@ -111,7 +111,7 @@ class MaskedNetwork(nn.Module):
         features: int | Sequence[int],
         context: int = 0,
         outputs: int = 1,
-        order: Sequence[int] | LongTensor | None = None,
+        order: Sequence[int] | Tensor | None = None,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] | None = None,
         residual: bool = False,
@@ -132,7 +132,7 @@ class MaskedNetwork(nn.Module):
             (adjacency, torch.ones(len(rank), self.context, dtype=torch.bool)), dim=1
         )
         if adjacency.any():
-            self.network: nn.Module | None = MaskedMLP(
+            self.network: nn.Sequential | None = MaskedMLP(
                 adjacency.repeat_interleave(self.outputs, dim=0),
                 hidden_features=hidden,
                 activation=make
@@ -141,14 +141,17 @@ class MaskedNetwork(nn.Module):
                 residual=residual,
             )
             for layer in self.network.modules():
-                if isinstance(
-                    layer, MaskedLinear
-                ):  # a product with booleans is several times slower
+                if isinstance(layer, MaskedLinear):
+                    # A product with booleans is several times slower.
                     layer.mask = layer.mask.to(layer.weight.dtype)
-            self.bias = self.network[-1].bias
         else:  # one feature without a context: nothing to depend on
             self.network = None
-            self.bias = nn.Parameter(torch.zeros(self.outputs))
+            self.constant = nn.Parameter(torch.zeros(self.outputs))
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias of the last layer."""
+        return self.constant if self.network is None else [*self.network.parameters()][-1]
 
     def set_bias(self, bias: Tensor) -> None:
         """Sets the outputs of a network whose last layer sees nothing but zeros."""

@@ -3,8 +3,8 @@ r"""Solvers that invert monotone and triangular maps, and their implicit derivat
 There are two problems, each with a guarantee:
 
 * an element-wise increasing function with known bounds of its root
-  (:func:`solve_bracketed`): Newton's method, and bisection wherever Newton's step leaves the bracket
-  or fails to halve the residual;
+  (:func:`solve_bracketed`): Newton's method, and bisection wherever Newton's step leaves the
+  bracket or fails to halve the residual;
 * a triangular map :math:`y_i = \tau(x_i; h_i(x_{<i}))` (:func:`invert_triangular`): the iteration
   :math:`x \leftarrow \tau^{-1}(y; h(x))` settles at least one more feature in each pass, whatever
   the map, so that it is exact after as many passes as there are features. It usually reaches
@@ -236,7 +236,7 @@ def _safeguarded(
     solver: Solver,
     limit: int,
 ) -> tuple[Tensor, int, Tensor]:
-    """Newton's method, with bisection where it leaves the bracket or fails to halve the residual."""
+    """Newton's method, with bisection where it leaves the bracket or gains less than a bit."""
     aim, _ = solver.tolerances(y.dtype)
     eps = torch.finfo(y.dtype).eps
     look = readable(x)

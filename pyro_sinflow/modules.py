@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
-from torch import LongTensor, Size, Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
 from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
@@ -121,7 +121,7 @@ class ConditionalLDU(LazyTransform):
         components: int = 4,
         scale: bool = False,
         context_diagonal: bool = False,
-        order: Sequence[int] | LongTensor | None = None,
+        order: Sequence[int] | Tensor | None = None,
         slope: float = 1e-3,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] | None = None,

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.autograd import Function
 
-from ._checks import broadcast
+from ._checks import autocasting, broadcast
 from .inversion import Solver, solve_bracketed
 
 _BLOCK = 2**17
@@ -100,7 +100,7 @@ def _align(x: Tensor, chain: Chain) -> tuple[Tensor, Chain, Size]:
         return q if q.shape == (rows, *kept) else q.expand(*batch, *kept).reshape(rows, *kept)
 
     x = x.expand(shape).reshape(shared, rows).t().contiguous()
-    return x, Chain(*(flat(q, 2) for q in chain[:3]), flat(chain.d, 1)), shape
+    return x, Chain(flat(chain.a, 2), flat(chain.c, 2), flat(chain.s, 2), flat(chain.d, 1)), shape
 
 
 def _restore(x: Tensor, shape: Size) -> Tensor:
@@ -110,7 +110,7 @@ def _restore(x: Tensor, shape: Size) -> Tensor:
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
     """A batched matrix product that autocast leaves in full precision."""
-    if torch.is_autocast_enabled(a.device.type):
+    if autocasting(a):
         with torch.autocast(a.device.type, enabled=False):
             return torch.bmm(a, b)
     return torch.bmm(a, b)
@@ -245,7 +245,7 @@ def _pull(
         moments.append(_bmm(rows, features.mT))
         space = features if _reuses() else None
 
-    # Sums over N of P, Q, 1 and x^2, times cotangents, times 1 or x; each with shape (B, M, K or 1).
+    # Sums over N of P, Q, 1 and x^2, times cotangents, times 1 or x; (B, M, K) or (B, M, 1).
     p, q, one, square = (
         t.unbind(dim=2) for t in torch.stack(moments[::-1], dim=1).split((k, k, 1, 1), dim=-1)
     )
@@ -342,10 +342,10 @@ class _Forward(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor | None, gl: Tensor | None, *_: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, gy: Tensor | None, gl: Tensor | None, *_: Any) -> tuple[Any, ...]:
         x, a, c, s, d, slope, inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # the derivative will itself be differentiated
-            _, _, slope, inputs = _evaluate(x, a, c, s, d)
+            slope, inputs = _evaluate(x, a, c, s, d)[2:]
         return _by_rows(_pull, a.shape[-1] * x.shape[-1], gy, gl, x, a, c, s, d, slope, inputs)
 
     @staticmethod
@@ -399,16 +399,16 @@ class _Inverse(Function):
 
     @staticmethod
     def backward(ctx: Any, gx: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        _, ladj, slope, inputs = _evaluate(x, *parameters)
+        x, a, c, s, d = ctx.saved_tensors
+        _, ladj, slope, inputs = _evaluate(x, a, c, s, d)
         gy = gx * (-ladj).exp()
-        _, *grads = _pull(-gy, None, x, *parameters, slope, inputs)
+        _, *grads = _pull(-gy, None, x, a, c, s, d, slope, inputs)
         return None, gy, *grads
 
     @staticmethod
     def jvp(ctx: Any, _: None, dy: Tensor | None, *tangents: Tensor | None) -> Tensor:
         x, *parameters = ctx.saved_tensors
-        _, ladj, moved, _ = _push(x, Chain(*parameters), (None, *tangents))
+        ladj, moved = _push(x, Chain(*parameters), (None, *tangents))[1:3]
         return ((0 if dy is None else dy) - moved) * (-ladj).exp()
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from textwrap import indent
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -35,10 +35,11 @@ class SinusoidalTransform(Bijection):
 
     .. math:: f(x) = x + d - \alpha \sum_{k=1}^K w_k \frac{\cos(a_k x + 2 b_k) \sin(a_k x)}{a_k}
 
-    with :math:`a = \text{softplus}(\text{frequency})`, :math:`w = \text{softmax}(\text{weight})` and
+    with :math:`a = \text{softplus}(\text{frequency})`,
+    :math:`w = \text{softmax}(\text{weight})` and
     :math:`\alpha = (1 - \epsilon) \tanh(\text{residual})`. Its slope lies in
-    :math:`[1 - |\alpha|, 1 + |\alpha|]` and :math:`f(0) = d`. At ``residual = 0`` it is a shift. The
-    tails keep their scale: :math:`|f(x) - x - d| \leq |\alpha| \sum_k w_k / a_k`.
+    :math:`[1 - |\alpha|, 1 + |\alpha|]` and :math:`f(0) = d`. At ``residual = 0`` it is a shift.
+    The tails keep their scale: :math:`|f(x) - x - d| \leq |\alpha| \sum_k w_k / a_k`.
 
     References:
         | Sinusoidal Flow: A Fast Invertible Autoregressive Flow (Wei, 2021), Eq. 12, 13 and 15
@@ -69,7 +70,6 @@ class SinusoidalTransform(Bijection):
 
     domain = constraints.real
     codomain = constraints.real
-    sign: ClassVar[int] = +1
 
     def __init__(
         self,
@@ -296,13 +296,6 @@ class TriangularTransform(Bijection):
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(constraints.real, self._event_dim)
-
-    codomain = domain  # type: ignore[assignment]
-    sign: ClassVar[int] = +1
-
-    @property
     def phi(self) -> tuple[Tensor, ...]:
         """The tensors that gradients of the inverse reach."""
         return tuple(self._phi()) if callable(self._phi) else self._phi
@@ -317,7 +310,7 @@ class TriangularTransform(Bijection):
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = at_least_float32(x)
         tau = self._map().at(x)
-        y, ladj = tau.call_and_ladj(x)
+        y, ladj = tau.call_and_ladj(x)  # type: ignore[attr-defined]
         return y, _sum_rightmost(ladj, self._event_dim - tau.domain.event_dim)
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -338,8 +331,8 @@ class LDUTransform(Bijection):
 
     .. math:: f(x) = (L \circ D \circ U)(x)
 
-    Its Jacobian is dense, and the determinant is the product of the three diagonals. With shifts for
-    U and L, which have ones on the diagonal, it is the product of the slopes of D.
+    Its Jacobian is dense, and the determinant is the product of the three diagonals. With shifts
+    for U and L, which have ones on the diagonal, it is the product of the slopes of D.
 
     References:
         | Sinusoidal Flow: A Fast Invertible Autoregressive Flow (Wei, 2021), Eq. 17 and Table 2
@@ -371,7 +364,6 @@ class LDUTransform(Bijection):
     upper: Transform
     diagonal: Transform
     lower: Transform
-    sign: ClassVar[int] = +1
 
     def __init__(
         self,
@@ -416,12 +408,6 @@ class LDUTransform(Bijection):
 
     __hash__ = None  # type: ignore[assignment]
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(constraints.real, self._event_dim)
-
-    codomain = domain  # type: ignore[assignment]
-
     def _call(self, x: Tensor) -> Tensor:
         for part in self.parts:
             x = part(x)
@@ -435,6 +421,6 @@ class LDUTransform(Bijection):
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=x.dtype, device=x.device)
         for part in self.parts:
-            x, ladj = part.call_and_ladj(x)
+            x, ladj = part.call_and_ladj(x)  # type: ignore[attr-defined]
             total = total + _sum_rightmost(ladj, self._event_dim - part.domain.event_dim)
         return x, total

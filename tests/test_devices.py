@@ -1,0 +1,268 @@
+"""Devices and dtypes. There need be no GPU: fake tensors have a device, and no values."""
+
+import pyro
+import pytest
+import torch
+import zuko
+from conftest import perturb
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from pyro_sinflow import LDU, ConditionalLDU, Sinusoidal, SinusoidalFlow, Solver, fast_inverse
+
+BLOCKS = {
+    "Sinusoidal": lambda: Sinusoidal(3),
+    "LDU": lambda: LDU(3),
+    "scale": lambda: LDU(3, scale=True),
+}
+FLOWS = {
+    "independent": lambda s=Solver(): SinusoidalFlow(3, 2, transforms=2, solver=s),
+    "scale": lambda s=Solver(): SinusoidalFlow(
+        3, 2, transforms=2, scale=True, context_diagonal=True, solver=s
+    ),
+    "autoregressive": lambda s=Solver(): SinusoidalFlow(
+        3, 2, transforms=2, conditioner="autoregressive", solver=s
+    ),
+    "ConditionalLDU": lambda s=Solver(): zuko.lazy.Flow(
+        [ConditionalLDU(3, 2, solver=s), ConditionalLDU(3, 2, solver=s).inv],
+        zuko.flows.MAF(3).base,
+    ),
+    "MAF": lambda s=Solver(): fast_inverse(zuko.flows.MAF(3, 2, transforms=2), s),
+    "NSF": lambda s=Solver(): fast_inverse(zuko.flows.NSF(3, 2, transforms=2), s),
+}
+BRIEF = Solver(max_iter=3)  # where nothing can be read, an inverse runs to its limit
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The name of a device for fake tensors.
+
+    Without CUDA in the build, autograd of fake CUDA tensors fails. A backend that is no more than
+    its name does as well: fake tensors that meet on different devices raise an error.
+    """
+    if torch.backends.cuda.is_built():
+        return "cuda"
+    _setup_privateuseone_for_python_backend("fakegpu")
+    return "fakegpu"
+
+
+def move(module):
+    """Moves a module to the default device, leaving the values behind.
+
+    Masks are made of values, so that no masked network can be made of fake tensors at once.
+    """
+    moved = {}
+    for m in module.modules():
+        for tensors in (m._parameters, m._buffers):
+            for name, t in tensors.items():
+                if t is not None and t not in moved:
+                    like = torch.empty(t.shape, dtype=t.dtype)
+                    moved[t] = nn.Parameter(like) if isinstance(t, nn.Parameter) else like
+                tensors[name] = moved.get(t)
+    return module
+
+
+def use(flow):
+    """Does everything that a flow is for, and yields each result by name."""
+    c, x = torch.randn(5, 2), torch.randn(4, 5, 3)
+    d = flow(c)
+    yield "log_prob", d.log_prob(x)
+    yield "sample", d.sample((4,))
+    z, ladj = d.transform.call_and_ladj(x)
+    yield "value", z
+    yield "log-determinant", ladj
+    yield "inverse", d.transform.inv(z)
+    if torch.is_grad_enabled():
+        x, log_prob = d.rsample_and_log_prob((4,))
+        (log_prob - d.log_prob(x.detach()) + x.sum(-1)).mean().backward()
+        for name, p in flow.named_parameters():
+            yield name, p.grad
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows_on_a_fake_device(name, gpu):
+    flow = FLOWS[name](BRIEF)
+    with FakeTensorMode(), torch.device(gpu):
+        for what, result in use(move(flow)):
+            assert result.device.type == gpu, what
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows_on_meta(name):
+    flow = FLOWS[name](BRIEF).to("meta")
+    with torch.device("meta"):
+        for what, result in use(flow):
+            assert result.is_meta, what
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_on_a_fake_device(name, gpu):
+    t = BLOCKS[name]()
+    with FakeTensorMode(), torch.device(gpu):
+        move(t)
+        x = torch.randn(4, 3, requires_grad=True)
+        y = t(x)
+        ladj = t.log_abs_det_jacobian(x, y)
+        (ladj.sum() + t.inv(torch.randn(4, 3)).sum()).backward()
+        grads = [x.grad, *(p.grad for p in t.parameters())]
+        for result in (y, ladj, t.inv(y), *grads):
+            assert result.device.type == gpu
+
+
+def test_a_module_is_made_on_the_default_device():
+    with torch.device("meta"):
+        assert all(p.is_meta for p in Sinusoidal(3).parameters())
+
+
+def test_a_stray_tensor_is_noticed(gpu):
+    # Or else the tests above could not fail.
+    flow = FLOWS["independent"]()
+    with FakeTensorMode():
+        with torch.device(gpu):
+            d = move(flow)(torch.randn(2))
+        with pytest.raises(RuntimeError, match="device"):
+            d.log_prob(torch.randn(3))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_default_dtype(name):
+    torch.set_default_dtype(torch.float64)
+    try:
+        for what, result in use(FLOWS[name]()):
+            assert result.dtype == torch.float64, what
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_double(name):
+    flow = perturb(FLOWS[name]().double(), 0.05)
+    c, x = torch.randn(5, 2).double(), torch.randn(4, 5, 3).double()
+    t = flow(c).transform
+    y, ladj = t.call_and_ladj(x)
+    assert y.dtype == ladj.dtype == torch.float64
+    assert torch.allclose(t.inv(y), x, rtol=0, atol=1e-11)
+    expected = flow(c).log_prob(x)
+    flow.float()
+    assert torch.allclose(flow(c.float()).log_prob(x.float()).double(), expected, atol=1e-3)
+
+
+def agree(a, b, dtype):
+    """Whether a round trip came back, where networks compute in half precision.
+
+    The map jumps where an input of a network rounds to another number, so that few elements may be
+    off by as much as the network's round-off.
+    """
+    error = (a - b).abs()
+    return error.median() <= 1e-6 and error.max() <= 4 * torch.finfo(dtype).eps
+
+
+HALVES = [torch.bfloat16, torch.float16]
+NATIVE = [name for name in FLOWS if name not in ("MAF", "NSF")]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_in_half_precision(name, dtype):
+    t = perturb(BLOCKS[name]()).to(dtype)
+    x = torch.randn(5, 3, dtype=dtype)
+    y, ladj = t.call_and_ladj(x)
+    assert y.dtype == ladj.dtype == torch.float32
+    back = t.inv(y)
+    assert back.dtype == torch.float32
+    assert agree(back, x, dtype)
+    t.inv(y.to(dtype)).sum().backward()
+    for p in t.parameters():
+        assert p.grad.dtype == dtype
+        assert p.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", NATIVE)
+def test_flows_in_half_precision(name, dtype):
+    flow = perturb(FLOWS[name](), 0.05).to(dtype)
+    c, x = torch.randn(5, 2, dtype=dtype), torch.randn(4, 5, 3, dtype=dtype)
+    log_prob = flow(c).log_prob(x)
+    assert log_prob.dtype == torch.float32
+    log_prob.mean().backward()
+    assert flow(c).sample((4,)).isfinite().all()
+    for name, p in flow.named_parameters():
+        assert p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_extremes_of_half_precision(name):
+    t = perturb(BLOCKS[name]())
+    info = torch.finfo(torch.float16)
+    x = torch.tensor([info.min, -info.tiny, 0.0, info.tiny, info.max], dtype=torch.float16)
+    x = x[:, None].expand(-1, 3)
+    y, ladj = t.call_and_ladj(x)
+    for result in (y, ladj, t.inv(x)):
+        assert result.dtype == torch.float32
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_autocast(name):
+    flow = perturb(FLOWS[name](), 0.05)
+    c, x = torch.randn(5, 2), torch.randn(4, 5, 3)
+    dtypes = []
+    for layer in flow.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        d = flow(c)
+        y, ladj = d.transform.call_and_ladj(x)
+        back = d.transform.inv(y)
+        log_prob = d.log_prob(x)
+        (log_prob.mean() + d.rsample((4,)).mean()).backward()
+    assert set(dtypes) == {torch.bfloat16}
+    if name in NATIVE:
+        assert y.dtype == ladj.dtype == back.dtype == log_prob.dtype == torch.float32
+        assert agree(back, x, torch.bfloat16)
+    for name, p in flow.named_parameters():
+        assert p.grad.dtype == torch.float32
+        assert p.grad.isfinite().all(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestOnGPU:
+    @pytest.mark.parametrize("name", FLOWS)
+    def test_agrees_with_cpu(self, name):
+        flow = perturb(FLOWS[name](), 0.05).double()
+        c, x = torch.randn(5, 2).double(), torch.randn(4, 5, 3).double()
+        expected = flow(c).log_prob(x)
+        flow, c, x = flow.cuda(), c.cuda(), x.cuda()
+        assert torch.allclose(flow(c).log_prob(x).cpu(), expected, rtol=0, atol=1e-10)
+        y = flow(c).transform(x)
+        assert torch.allclose(flow(c).transform.inv(y), x, rtol=0, atol=1e-11)
+        with torch.device("cuda"):
+            for what, result in use(FLOWS[name]()):
+                assert result.is_cuda, what
+
+    @pytest.mark.parametrize("name", BLOCKS)
+    def test_log_determinant(self, name):
+        t = perturb(BLOCKS[name]()).double().cuda()
+        x = torch.randn(3).double().cuda()
+        jacobian = torch.autograd.functional.jacobian(t, x)
+        ladj = t.log_abs_det_jacobian(x, t(x)).sum()
+        assert torch.allclose(jacobian.slogdet().logabsdet, ladj, rtol=0, atol=1e-10)
+
+    def test_svi(self):
+        t = LDU(3).cuda()
+        base = pyro.distributions.Normal(torch.zeros(3).cuda(), 1.0).to_event(1)
+
+        def model():
+            pyro.sample("x", pyro.distributions.Normal(torch.ones(3).cuda(), 0.5).to_event(1))
+
+        def guide():
+            pyro.module("t", t)
+            pyro.sample("x", pyro.distributions.TransformedDistribution(base, [t]))
+
+        svi = pyro.infer.SVI(
+            model, guide, pyro.optim.Adam({"lr": 1e-2}), pyro.infer.Trace_ELBO(num_particles=64)
+        )
+        losses = [svi.step() for _ in range(100)]
+        assert losses[-1] < losses[0] / 2
