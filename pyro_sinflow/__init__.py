@@ -1,6 +1,7 @@
 """Sinusoidal Flows for Pyro and zuko."""
 
 from ._version import __version__
+from .conditioners import PixelCNN
 from .flows import FastInverse, SinusoidalFlow, fast_inverse
 from .inversion import Inversion, InversionError, InversionWarning, Solver, record_inversions
 from .modules import LDU, ConditionalLDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
@@ -14,6 +15,7 @@ __all__ = [
     "InversionError",
     "InversionWarning",
     "LDUTransform",
+    "PixelCNN",
     "Sinusoidal",
     "SinusoidalFlow",
     "SinusoidalTransform",

@@ -133,6 +133,12 @@ def check_instance(name: str, value: Any, cls: type[T]) -> T:
     return value
 
 
+def check_callable(name: str, value: Any) -> None:
+    """Requires something that can be called."""
+    if not callable(value):
+        raise TypeError(f"'{name}' should be callable, got {value!r}.")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Requires a bool."""
     if not isinstance(value, bool):

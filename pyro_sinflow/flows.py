@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from zuko.distributions import DiagNormal
 from zuko.flows import MaskedAutoregressiveTransform
 from zuko.lazy import (
@@ -20,6 +20,7 @@ from zuko.lazy import (
 from zuko.transforms import AutoregressiveTransform
 
 from ._checks import (
+    check_callable,
     check_choice,
     check_flag,
     check_instance,
@@ -65,8 +66,8 @@ class SinusoidalFlow(Flow):
         sinusoids: The number of sinusoids in a chain. If :py:`None`, 4 for the independent
             conditioner and 2 for the autoregressive one.
         kwargs: Keyword arguments passed to :class:`ConditionalLDU`, of which the autoregressive
-            conditioner takes ``components``, ``slope``, ``hidden_features``, ``activation``,
-            ``residual``, ``dropout`` and ``solver``.
+            conditioner takes ``components``, ``slope``, ``network``, ``hidden_features``,
+            ``activation``, ``residual``, ``dropout`` and ``solver``.
 
     Raises:
         TypeError: If an argument has the wrong type, or an option does not suit the conditioner.
@@ -144,6 +145,7 @@ def autoregressive(
     sinusoids: int = 2,
     components: int = 4,
     slope: float = 1e-3,
+    network: Callable[..., nn.Module] = MaskedNetwork,
     solver: Solver = Solver(),
     **kwargs: Any,
 ) -> LazyTriangular:
@@ -155,19 +157,21 @@ def autoregressive(
         sinusoids: The number of sinusoids.
         components: The number of components K of each.
         slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
+        network: The constructor of the network, which has to have a method ``set_bias``.
         solver: How the inverse is computed.
-        kwargs: Keyword arguments passed to :class:`pyro_sinflow.conditioners.MaskedNetwork`.
+        kwargs: Keyword arguments passed to ``network``.
     """
     check_size("sinusoids", sinusoids)
     check_size("components", components)
     check_real("slope", slope, 0.0, 1.0)
+    check_callable("network", network)
     check_instance("solver", solver, Solver)
     shapes = [(), (), *[(sinusoids, components)] * 3, (sinusoids,)]
     outputs = sum(Size(s).numel() for s in shapes)
 
-    network = MaskedNetwork(features, context, outputs, **kwargs)
+    masked: Any = network(features, context, outputs, **kwargs)
     n = features.numel()
-    network.set_bias(
+    masked.set_bias(
         torch.cat(
             (
                 torch.zeros(n, 2),
@@ -179,7 +183,7 @@ def autoregressive(
     )
     univariate = partial(affine_chain, slope=slope, solver=solver)
 
-    return LazyTriangular(network, features, univariate, shapes, solver)
+    return LazyTriangular(masked, features, univariate, shapes, solver)
 
 
 class FastInverse(LazyTransform):

@@ -13,7 +13,14 @@ from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
 from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
 
-from ._checks import check_flag, check_instance, check_real, check_size, check_sizes
+from ._checks import (
+    check_callable,
+    check_flag,
+    check_instance,
+    check_real,
+    check_size,
+    check_sizes,
+)
 from .conditioners import (
     LazySinusoids,
     LazyTriangular,
@@ -93,6 +100,9 @@ class ConditionalLDU(LazyTransform):
         order: The rank of each feature in L; U has the opposite order. If :py:`None`, features are
             in ascending order.
         slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
+        network: The constructor of the networks of L and U, which takes what
+            :class:`pyro_sinflow.conditioners.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN`
+            suits images.
         hidden_features: The numbers of hidden features of each network.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
         residual: Whether the masked networks use residual blocks.
@@ -123,6 +133,7 @@ class ConditionalLDU(LazyTransform):
         context_diagonal: bool = False,
         order: Sequence[int] | Tensor | None = None,
         slope: float = 1e-3,
+        network: Callable[..., nn.Module] = MaskedNetwork,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] | None = None,
         residual: bool = False,
@@ -136,14 +147,16 @@ class ConditionalLDU(LazyTransform):
         check_flag("scale", scale)
         check_flag("context_diagonal", context_diagonal)
         check_real("slope", slope, 0.0, 1.0)
+        check_callable("network", network)
         check_instance("solver", solver, Solver)
         rank = check_order(order, shape)
 
         def triangular(rank: Tensor) -> LazyTriangular:
-            network = MaskedNetwork(
+            shapes = [()] * (2 if scale else 1)
+            masked = network(
                 shape,
                 context,
-                outputs=2 if scale else 1,
+                outputs=len(shapes),
                 order=rank,
                 hidden_features=hidden_features,
                 activation=activation,
@@ -151,7 +164,7 @@ class ConditionalLDU(LazyTransform):
                 dropout=dropout,
             )
             univariate = MonotonicAffineTransform if scale else AdditiveTransform
-            return LazyTriangular(network, shape, univariate, [()] * network.outputs, solver)
+            return LazyTriangular(masked, shape, univariate, shapes, solver)
 
         self.features = shape
         self.context = context

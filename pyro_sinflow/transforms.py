@@ -19,6 +19,7 @@ from ._bijection import Bijection, at_least_float32
 from ._checks import (
     broadcast,
     check_broadcast,
+    check_callable,
     check_dtype,
     check_instance,
     check_real,
@@ -264,8 +265,7 @@ class TriangularTransform(Bijection):
         solver: Solver = Solver(),
         cache_size: int = 0,
     ) -> None:
-        if not callable(conditioner):
-            raise TypeError(f"'conditioner' should be callable, got {conditioner!r}.")
+        check_callable("conditioner", conditioner)
         if phi is None:
             phi = conditioner.parameters if isinstance(conditioner, nn.Module) else ()
         if not callable(phi):
