@@ -1,4 +1,4 @@
-"""Real data sets that scikit-learn ships, so that the examples download nothing."""
+"""Data sets that are drawn, or that scikit-learn ships: the examples download nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from sklearn.datasets import load_breast_cancer, load_sample_images
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_sample_images,
+    make_circles,
+    make_moons,
+    make_swiss_roll,
+)
 from torch import Tensor
 
 GREY = np.array([0.299, 0.587, 0.114])  # luma of ITU-R BT.601
@@ -84,3 +90,78 @@ def breast_cancer(seed: int = 0) -> Data:
     """
     rows = np.random.default_rng(seed).permutation(load_breast_cancer().data)
     return standardise(*split(rows))
+
+
+def eight_gaussians(n: int, rng: np.random.RandomState) -> np.ndarray:
+    """Eight normal distributions around a circle."""
+    angle = np.pi / 4 * rng.randint(8, size=n)
+    return np.stack((np.cos(angle), np.sin(angle)), axis=1) * 4 + 0.5 * rng.randn(n, 2)
+
+
+def two_spirals(n: int, rng: np.random.RandomState) -> np.ndarray:
+    """Two spirals of one and a half turns, each the other's point reflection."""
+    angle = 3 * np.pi * np.sqrt(rng.rand(n))
+    arm = np.stack((-np.cos(angle), np.sin(angle)), axis=1) * angle[:, None] + rng.rand(n, 2) / 2
+    return rng.choice((-1, 1), size=(n, 1)) * arm / 3 + 0.1 * rng.randn(n, 2)
+
+
+def checkerboard(n: int, rng: np.random.RandomState) -> np.ndarray:
+    """The squares of one colour of a board of 4 by 4."""
+    column = rng.randint(4, size=n)
+    row = 2 * rng.randint(2, size=n) + column % 2
+    return np.stack((column, row), axis=1) - 2 + rng.rand(n, 2)
+
+
+def circles(n: int, rng: np.random.RandomState) -> np.ndarray:
+    """Two noisy circles, one inside the other."""
+    return make_circles(n, noise=0.08, factor=0.5, random_state=rng)[0]
+
+
+def moons(n: int, rng: np.random.RandomState) -> np.ndarray:
+    """Two noisy half circles."""
+    return make_moons(n, noise=0.1, random_state=rng)[0]
+
+
+def pinwheel(n: int, rng: np.random.RandomState) -> np.ndarray:
+    """Five blades, which bend more the further they reach out."""
+    radius, across = 1 + 0.3 * rng.randn(n), 0.1 * rng.randn(n)
+    angle = 2 * np.pi / 5 * rng.randint(5, size=n) + np.exp(radius) / 4
+    blade = np.stack((np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)))
+    return (radius * blade[:2] + across * blade[2:]).T
+
+
+def rings(n: int, rng: np.random.RandomState) -> np.ndarray:
+    """Four noisy rings around one centre, with as many points on each."""
+    radius, angle = rng.randint(1, 5, size=n) / 4, 2 * np.pi * rng.rand(n)
+    ring = np.stack((np.cos(angle), np.sin(angle)), axis=1) * radius[:, None]
+    return ring + 0.08 / 3 * rng.randn(n, 2)
+
+
+def swiss_roll(n: int, rng: np.random.RandomState) -> np.ndarray:
+    """A noisy spiral of one and a half turns."""
+    return make_swiss_roll(n, noise=1.0, random_state=rng)[0][:, [0, 2]]
+
+
+# The densities of Grathwohl et al. (2019).
+TOYS = {
+    "8 Gaussians": eight_gaussians,
+    "2 spirals": two_spirals,
+    "checkerboard": checkerboard,
+    "circles": circles,
+    "moons": moons,
+    "pinwheel": pinwheel,
+    "rings": rings,
+    "swiss roll": swiss_roll,
+}
+
+
+def toy(name: str, n: int = 100_000, seed: int = 0) -> Data:
+    """Draws from a density in the plane, and splits 60 : 20 : 20.
+
+    Args:
+        name: One of ``TOYS``.
+        n: The number of draws.
+        seed: The seed of the draws.
+    """
+    rng = np.random.RandomState(seed)
+    return standardise(*split(rng.permutation(TOYS[name](n, rng))))

@@ -8,10 +8,8 @@ compares their held-out log-likelihoods. The pictures are written to a folder.
 from __future__ import annotations
 
 import argparse
-import copy
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +28,7 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.optim import ClippedAdam
 from torch import Tensor, nn
 from tqdm import trange
+from training import Budget, count, evaluate, fit, print_table
 from zuko.lazy import Flow
 
 from pyro_sinflow import SinusoidalFlow, ldu
@@ -178,44 +177,13 @@ def duration(function: Callable[[], Tensor]) -> tuple[float, Tensor]:
     return time.perf_counter() - start, value
 
 
-def fit_flow(name: str, flow: Flow, data: Data, steps: int, batch: int = 128) -> Fit:
-    """Fits a flow by maximum likelihood, and keeps the weights that did best in validation."""
-    optimiser = torch.optim.Adam(flow.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    validation = data.validation[:: max(len(data.validation) // 2000, 1)]
-    best, weights = -math.inf, copy.deepcopy(flow.state_dict())
-
-    progress = trange(1, steps + 1, desc=name)
-    for step in progress:
-        rows = torch.randint(len(data.train), (batch,))
-        loss = -flow().log_prob(data.train[rows]).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
-        optimiser.step()
-        schedule.step()
-        if step % 50 == 0 or step == steps:
-            flow.eval()
-            with torch.no_grad():
-                score = float(flow().log_prob(validation).mean())
-            flow.train()
-            if score > best:
-                best, weights = score, copy.deepcopy(flow.state_dict())
-            progress.set_postfix(validation=f"{score:.2f}")
-
-    flow.load_state_dict(weights)
-    flow.eval()
+def fit_flow(name: str, flow: Flow, data: Data, steps: int) -> Fit:
+    """Fits a flow, scores it, and times its samples."""
+    fit(name, flow, data, Budget(steps))
     with torch.no_grad():
-        scores = flow().log_prob(data.test)
         scoring, _ = duration(lambda: flow().log_prob(data.test[:1000]))
         sampling, samples = duration(lambda: flow().sample((1000,)))
-    return Fit(
-        float(scores.mean()),
-        float(scores.std()) / len(scores) ** 0.5,
-        sum(p.numel() for p in flow.parameters()),
-        sampling / scoring,
-        samples,
-    )
+    return Fit(*evaluate(flow, data.test), count(flow), sampling / scoring, samples)
 
 
 def mosaic(x: Tensor, rows: int = 8) -> Tensor:
@@ -267,18 +235,6 @@ def densities(steps: int, out: Path) -> Path:
     path = out / "patches.png"
     draw_patches(data, fits, path)
     return path
-
-
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table in Markdown."""
-    table = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in table
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    print("\n" + "\n".join(lines), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,127 @@
+"""What the examples share: fitting a flow by maximum likelihood, scoring it, printing a table."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from data import Data
+from torch import Tensor, nn
+from tqdm import tqdm
+from zuko.lazy import Flow
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the fit of a flow may spend, and how.
+
+    Args:
+        steps: The number of steps of the optimiser, AdamW.
+        batch: The number of rows in each.
+        lr: The learning rate at first. It falls to zero along a cosine.
+        weight_decay: The weight decay.
+        every: The number of steps from one validation to the next.
+        patience: The number of steps without a better validation after which the fit stops.
+    """
+
+    steps: int
+    batch: int = 128
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    every: int = 50
+    patience: float = math.inf
+
+
+def fit(name: str, flow: Flow, data: Data, budget: Budget, checkpoint: Path | None = None) -> Flow:
+    """Fits a flow by maximum likelihood, and leaves it with the weights that validated best.
+
+    With a checkpoint, a fit that was interrupted goes on from its last validation to the result
+    that it would have reached at once, and a finished one is read from the file.
+
+    Args:
+        name: What the progress bar says.
+        flow: The flow.
+        data: The rows to fit, and those to validate.
+        budget: What to spend.
+        checkpoint: The file to resume from, where it exists, and to write.
+
+    Returns:
+        The flow, in evaluation mode.
+
+    Raises:
+        ValueError: If the checkpoint is that of another budget.
+        RuntimeError: If the checkpoint is that of another flow.
+    """
+    optimiser = torch.optim.AdamW(flow.parameters(), lr=budget.lr, weight_decay=budget.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, budget.steps)
+    validation = data.validation[:: max(len(data.validation) // 2000, 1)]
+    parts = {"flow": flow, "optimiser": optimiser, "schedule": schedule}
+    step, best, best_step, weights = 0, -math.inf, 0, copy.deepcopy(flow.state_dict())
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["budget"] != asdict(budget):
+            raise ValueError(
+                f"'{checkpoint}' should be of {asdict(budget)}, got one of {saved['budget']}: "
+                "delete it, or write to another folder."
+            )
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
+        step, best, best_step, weights = saved["progress"]
+        torch.set_rng_state(saved["random"])
+
+    with tqdm(desc=name, total=budget.steps, initial=step) as bar:
+        while step < budget.steps and step - best_step < budget.patience:
+            rows = torch.randint(len(data.train), (budget.batch,))
+            loss = -flow.train()().log_prob(data.train[rows]).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
+            optimiser.step()
+            schedule.step()
+            step += 1
+            bar.update()
+            if step % budget.every and step < budget.steps:
+                continue
+            score, _ = evaluate(flow, validation)
+            if score > best:
+                best, best_step, weights = score, step, copy.deepcopy(flow.state_dict())
+            bar.set_postfix(validation=f"{score:.2f}")
+            if checkpoint is not None:
+                saved = {key: part.state_dict() for key, part in parts.items()}
+                saved |= {"budget": asdict(budget), "random": torch.get_rng_state()}
+                saved |= {"progress": (step, best, best_step, weights)}
+                # In one go, lest an interruption leave half a file.
+                torch.save(saved, partial := checkpoint.with_suffix(".partial"))
+                partial.replace(checkpoint)
+
+    flow.load_state_dict(weights)
+    return flow.eval()
+
+
+def evaluate(flow: Flow, rows: Tensor) -> tuple[float, float]:
+    """Returns the mean log-likelihood of rows, in nats, and its standard error."""
+    flow.eval()
+    with torch.no_grad():
+        scores = torch.cat([flow().log_prob(part) for part in rows.split(2000)])
+    return float(scores.mean()), float(scores.std()) / len(scores) ** 0.5
+
+
+def count(flow: Flow) -> int:
+    """Returns the number of parameters."""
+    return sum(p.numel() for p in flow.parameters())
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table in Markdown."""
+    table = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in table
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    print("\n" + "\n".join(lines), flush=True)
