@@ -1,14 +1,21 @@
 """The example scripts run, with a budget too small to learn anything."""
 
+import gzip
+import importlib
 import json
+import math
 import os
+import pickle
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.distributions import Independent, SigmoidTransform, TransformedDistribution, Uniform
 
 from pyro_sinflow import SinusoidalFlow
 
@@ -74,14 +81,41 @@ def test_figures(tmp_path):
     again = json.loads((tmp_path / "figures.json").read_text())
     assert again["3"] == results["3"]
 
+def test_measure(tmp_path):
+    output = run("measure.py", "--out", tmp_path, "--quick")
+    results = json.loads((tmp_path / "measure.json").read_text())
+    assert all(f"\n{title}\n" in output for title in results)
+    assert (tmp_path / "passes.png").read_bytes().startswith(b"\x89PNG")
+
+    (aims, *trips), newton, (*passes, failures) = results.values()
+    assert len(trips) == 3 * 2 * 2  # conditioners, numbers of blocks, numbers of features
+    for dtype in ("float32", "float64"):
+        for state in (f"{dtype}, untrained", f"{dtype}, trained"):
+            for trip in trips:
+                error, missed = trip[state]
+                assert error <= aims[state]
+                assert missed == 0
+    for row in newton:
+        assert 0 < row["median"] <= row["99 %"] <= row["maximum"] < 200
+        assert row["largest error"] <= row["aim"]
+    # 8 blocks of two triangular maps, or 8 triangular maps.
+    for conditioner, maps in (("independent", 16), ("autoregressive", 8)):
+        assert sum(row[conditioner] for row in passes) == maps
+        assert failures[conditioner] == 0
+    assert all(1 <= row["passes"] <= 8 for row in passes)
+
 
 @pytest.fixture
-def training(monkeypatch):
-    """The module that the examples share."""
+def example(monkeypatch):
+    """Imports one of the modules."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    import training
+    return importlib.import_module
 
-    return training
+
+@pytest.fixture
+def training(example):
+    """The module that fits flows."""
+    return example("training")
 
 
 @pytest.fixture
@@ -148,3 +182,108 @@ def test_a_checkpoint_of_something_else_is_an_error(start, tmp_path):
         start(checkpoint, steps=9)
     with pytest.raises(RuntimeError, match="size mismatch"):
         start(checkpoint, features=3)
+
+
+def test_images(tmp_path):
+    output = run("images.py", "--out", tmp_path, "--steps", "2", "--blocks", "1")
+    table = rows(output)
+    assert len(table["PixelCNN"]) == len(table["digits"])
+    results = json.loads((tmp_path / "digits.json").read_text())
+    for result in results.values():
+        assert 0 < result["bits"] < 6
+        assert 1 <= result["passes"] <= 64
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+def test_bits_per_dimension_by_hand(example, margin):
+    # A logistic density of logits is a uniform density of what they are the logits of: within the
+    # margins, 1 - 2 margin of it are spread over the levels.
+    images = example("images")
+    parts = np.random.default_rng(0).integers(0, 17, (3, 20, 2, 3, 4))
+    data, brightness = images.prepare(parts, levels=17, margin=margin)
+    assert data.train.mean().abs() < 1e-6
+    assert abs(data.train.std() - 1) < 1e-6
+    restored = brightness(data.test)
+    noise = restored.numpy() - parts[2]
+    assert ((noise > -1e-3) & (noise < 1 + 1e-3)).all()
+
+    uniform = Uniform(torch.zeros(2, 3, 4), torch.ones(2, 3, 4))
+    standardise = torch.distributions.AffineTransform(data.mean, data.std).inv
+    logistic = TransformedDistribution(uniform, [SigmoidTransform().inv, standardise])
+    bits = images.bits_per_dimension(Independent(logistic, 3), data.test, brightness)
+    assert bits.shape == (20,)
+    assert torch.allclose(bits, torch.tensor(math.log2(17 / (1 - 2 * margin))), atol=1e-4)
+
+
+def write_mnist(folder, suffix):
+    sizes = {"train": 10_007, "t10k": 5}
+    arrays = {}
+    for name, n in sizes.items():
+        arrays[name] = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        raw = bytes([0, 0, 8, 3]) + np.array([n, 28, 28], ">u4").tobytes() + arrays[name].tobytes()
+        path = folder / f"{name}-images-idx3-ubyte{suffix}"
+        path.write_bytes(gzip.compress(raw, 1) if suffix else raw)
+    return arrays
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_mnist(example, tmp_path, suffix):
+    arrays = write_mnist(tmp_path, suffix)
+    train, validation, test = example("data").mnist(tmp_path)
+    assert np.array_equal(np.concatenate((train, validation))[:, 0], arrays["train"])
+    assert np.array_equal(test[:, 0], arrays["t10k"])
+    assert len(validation) == 10_000
+
+    (tmp_path / f"t10k-images-idx3-ubyte{suffix}").unlink()
+    with pytest.raises(FileNotFoundError, match=r"'t10k-images-idx3-ubyte' or .*'--data-root'"):
+        example("data").mnist(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\0\0\x08\x03", b"\0\0\x08\x01\0\0\0\3ab", b"\0\0\x0d\1\0\0\0\0"]
+)
+def test_a_damaged_idx_file(example, tmp_path, raw):
+    path = tmp_path / "idx"
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"idx' should be an idx file"):
+        example("data").read_idx(path)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes strings as Python 2 does, with which the batches of CIFAR-10 were written."""
+
+    def save_string(self, value):
+        value = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+
+    dispatch = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
+
+
+def test_cifar10(example, tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, (4, 3072), dtype=np.uint8) for _ in names]
+    for name, array in zip(names, arrays, strict=True):
+        with (folder / name).open("wb") as file:
+            Python2Pickler(file, protocol=2).dump({"data": array, "labels": [1] * 4})
+    train, validation, test = example("data").cifar10(tmp_path)
+    assert np.array_equal(
+        np.concatenate((train, validation)).reshape(20, -1), np.vstack(arrays[:5])
+    )
+    assert train.shape == (18, 3, 32, 32)
+    assert np.array_equal(test.reshape(4, -1), arrays[5])
+
+
+def test_a_batch_cannot_run_anything(example, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    path = tmp_path / "test_batch"
+    path.write_bytes(pickle.dumps({b"data": Attack()}))
+    with pytest.raises(pickle.UnpicklingError, match=r"should not call '(posix|nt)\.mkdir'"):
+        example("data").read_batch(path)
+    assert not (tmp_path / "attacked").exists()
