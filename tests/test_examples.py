@@ -81,6 +81,7 @@ def test_figures(tmp_path):
     again = json.loads((tmp_path / "figures.json").read_text())
     assert again["3"] == results["3"]
 
+
 def test_measure(tmp_path):
     output = run("measure.py", "--out", tmp_path, "--quick")
     results = json.loads((tmp_path / "measure.json").read_text())

@@ -1,0 +1,215 @@
+"""How accurate the inverses are, and how many iterations they take, in three parts.
+
+Part 1 makes round trips through single blocks and whole flows, before and after training on patches
+of photographs. Part 2 counts Newton's iterations for single sinusoids. Part 3 counts the passes in
+which flows trained on patches draw samples. All figures are printed as tables and written to a
+folder, with a picture of the passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pyro
+import torch
+from data import Data, patches
+from torch import Tensor
+from torch.distributions import Transform
+from tqdm import tqdm, trange
+from training import Budget, fit, print_table
+
+from pyro_sinflow import InversionError, SinusoidalFlow, SinusoidalTransform, record_inversions
+
+CONDITIONERS: dict[str, dict[str, Any]] = {
+    "independent": {},
+    "independent, scale=True": {"scale": True},
+    "autoregressive": {"conditioner": "autoregressive"},
+}
+BLOCKS = 8
+# The errors to stay below, by dtype.
+COMPOSED_AIM = {"float32": 1e-5, "float64": 1e-11}
+SINUSOID_AIM = {"float32": 5e-6, "float64": 1e-13}
+
+Rows = list[dict[str, Any]]  # of a table: cells by the names of their columns
+
+
+def errors(transform: Transform, y: Tensor) -> Tensor | None:
+    """Returns |f(x) - y| / (1 + |x| + |y|) for x = f⁻¹(y), if there is such an x."""
+    with torch.no_grad():
+        try:
+            x = transform.inv(y)
+        except InversionError:
+            return None
+        return (transform(x) - y).abs() / (1 + x.abs() + y.abs())
+
+
+def trained(flow: SinusoidalFlow, features: int, steps: int) -> SinusoidalFlow:
+    """Returns a copy of a flow, fitted to the first features of the smallest patches that do."""
+    parts = patches(size=math.isqrt(features) + 1)
+    data = Data(*(part[..., :features] for part in parts))
+    return fit(f"D = {features}", copy.deepcopy(flow), data, Budget(steps))
+
+
+def round_trips(sizes: Sequence[int], steps: int, n: int) -> Rows:
+    """Part 1: the largest error from n rows of standard normal noise, and how many miss the aim."""
+    columns = [*product(COMPOSED_AIM, ("untrained", "trained"))]
+    aims = {f"{dtype}, {state}": COMPOSED_AIM[dtype] for dtype, state in columns}
+    table: Rows = [{"conditioner": "aim", "blocks": "", "D": "", **aims}]
+    for conditioner, blocks, features in product(CONDITIONERS, (1, BLOCKS), sizes):
+        flow = SinusoidalFlow(features, transforms=blocks, **CONDITIONERS[conditioner])
+        flows = {"untrained": flow, "trained": trained(flow, features, steps)}
+        y = torch.randn(n, features)
+        row = {"conditioner": conditioner, "blocks": blocks, "D": features}
+        for dtype, state in columns:
+            to = getattr(torch, dtype)
+            transform = flows[state].to(to)().transform
+            if blocks == 1:  # the block alone, without the affine map at the noise end
+                transform = transform.transforms[0]
+            e = errors(transform, y.to(to))
+            if e is not None:
+                missed = (e > COMPOSED_AIM[dtype]).any(dim=-1)
+                e = float(e.max()), int(missed.sum())
+            row[f"{dtype}, {state}"] = e
+        table.append(row)
+    return table
+
+
+def ordinary(n: int) -> Tensor:
+    """Draws standard normal parameters and values."""
+    return torch.randn(n, 12)
+
+
+def saturated(n: int) -> Tensor:
+    """Draws parameters of up to 30, at which softplus, softmax and tanh saturate.
+
+    Values are of either sign, and of every magnitude from 1e-4 to 1e4.
+    """
+    parameters = 60 * torch.rand(n, 11) - 30
+    value = (2 * torch.randint(2, (n, 1)) - 1) * 10 ** (8 * torch.rand(n, 1) - 4)
+    return torch.cat((parameters, value), dim=1)
+
+
+def newton(n: int) -> Rows:
+    """Part 2: the iterations and errors of n inverses of a sinusoid of 3 components."""
+    table: Rows = []
+    for draw, (dtype, aim) in product((ordinary, saturated), SINUSOID_AIM.items()):
+        worst = []
+        with record_inversions() as inversions:
+            for row in tqdm(draw(n).to(getattr(torch, dtype)), desc=f"{draw.__name__}, {dtype}"):
+                t = SinusoidalTransform(row[:3], row[3:6], row[6:9], row[9], row[10])
+                worst.append(float(errors(t, row[11])))
+        iterations = sorted(i.iterations for i in inversions)
+        table.append(
+            {
+                "parameters": draw.__name__,
+                "dtype": dtype,
+                "median": iterations[n // 2],
+                "99 %": iterations[n * 99 // 100],
+                "maximum": iterations[-1],
+                "largest error": max(worst),
+                "aim": aim,
+            }
+        )
+    return table
+
+
+def passes(features: int, steps: int, batches: int, n: int) -> Rows:
+    """Part 3: how often each number of passes inverts one triangular map for n samples."""
+    counts, failures = {}, {}
+    for name, options in CONDITIONERS.items():
+        flow = trained(SinusoidalFlow(features, transforms=BLOCKS, **options), features, steps)
+        with record_inversions() as inversions:
+            failures[name] = [
+                errors(flow().transform, torch.randn(n, features)) is None
+                for _ in trange(batches, desc=name)
+            ].count(True)
+        counts[name] = Counter(i.iterations for i in inversions if i.problem == "triangular")
+    seen = sorted(set().union(*counts.values()))
+    return [
+        *({"passes": k} | {name: count[k] for name, count in counts.items()} for k in seen),
+        {"passes": "fails"} | failures,
+    ]
+
+
+def draw_passes(table: Rows, features: int, path: Path) -> None:
+    """Draws the histograms below each other, beside the number of passes that zuko takes."""
+    rows = [row for row in table if row["passes"] != "fails"]
+    fig, axes = plt.subplots(
+        len(CONDITIONERS), 1, figsize=(8, 5.5), sharex=True, layout="constrained"
+    )
+    for ax, name in zip(axes, CONDITIONERS, strict=True):
+        total = sum(row[name] for row in rows)
+        ax.bar([row["passes"] for row in rows], [100 * row[name] / total for row in rows])
+        ax.axvline(features, color="C3", linestyle="--")
+        ax.set_title(name, loc="left")
+        ax.yaxis.set_major_formatter("{x:.0f} %")
+    axes[0].annotate(
+        f"one pass per feature: {features}",
+        (features, 0.5),
+        xycoords=("data", "axes fraction"),
+        xytext=(-8, 0),
+        textcoords="offset points",
+        horizontalalignment="right",
+        color="C3",
+    )
+    axes[-1].set(xlabel="passes through the network of a triangular map", xlim=(0, features + 2))
+    fig.supylabel("share of the inverses")
+    fig.suptitle(f"Few passes settle all {features} features")
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def cell(value: Any) -> str:
+    """Formats a number, or an error and how many rows miss the aim."""
+    if value is None:
+        return "fails"
+    if isinstance(value, tuple):
+        error, missed = value
+        return cell(error) + (f" ({missed})" if missed else "")
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the three parts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a run of seconds, whose figures mean nothing"
+    )
+    args = parser.parse_args(argv)
+    sizes, features, steps, rows, draws, batches = (1, 2, 16, 64), 63, 300, 1000, 10_000, 20
+    if args.quick:
+        sizes, features, steps, rows, draws, batches = (1, 3), 8, 2, 10, 20, 1
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    pyro.set_rng_seed(args.seed)
+    parts: dict[str, Callable[[], Rows]] = {
+        "Errors of round trips": lambda: round_trips(sizes, steps, rows),
+        "Newton iterations for one sinusoid": lambda: newton(draws),
+        "Inverses of triangular maps, by passes": lambda: passes(features, steps, batches, rows),
+    }
+    tables = {}
+    for title, part in parts.items():
+        table = tables[title] = part()
+        print(f"\n{title}", flush=True)
+        print_table([*table[0]], ([*map(cell, row.values())] for row in table))
+    figures, picture = args.out / "measure.json", args.out / "passes.png"
+    figures.write_text(json.dumps(tables, indent=2))
+    draw_passes(table, features, picture)
+    print("\nWritten:", figures, picture)
+
+
+if __name__ == "__main__":
+    main()
