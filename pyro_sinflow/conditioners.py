@@ -28,7 +28,12 @@ from ._checks import (
     check_tensor,
 )
 from .inversion import Solver
+from .substitution import substitute
 from .transforms import SinusoidalChain, TriangularTransform
+
+# Scales in [1/10, 10]. With zuko's default of 1/1000, samples in the tails of a stack of blocks
+# soon leave the range of float32, and the density gains next to nothing.
+bounded_affine = partial(MonotonicAffineTransform, slope=0.1)
 
 
 def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
@@ -83,7 +88,7 @@ def affine_chain(
     sinusoids = SinusoidalChain(
         frequency, phase, weight, residual, torch.zeros_like(residual), **kwargs
     )
-    return ComposedTransform(MonotonicAffineTransform(loc, log_scale), sinusoids)
+    return ComposedTransform(bounded_affine(loc, log_scale), sinusoids)
 
 
 class MaskedNetwork(nn.Module):
@@ -200,7 +205,7 @@ class LazyTriangular(LazyTransform):
             :py:`None`, to parameters with shape :math:`(*, \text{features}, \text{outputs})`; those
             of a feature must depend on the features before it alone.
         features: The shape of an event.
-        univariate: The constructor of :math:`\tau`.
+        univariate: The constructor of :math:`\tau`, which treats all features alike.
         shapes: The shapes of the arguments of ``univariate``, for one feature.
         solver: How the inverse is computed.
 
@@ -234,10 +239,13 @@ class LazyTriangular(LazyTransform):
 
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""
+        event_dim = len(self.features)
+        network = self.network.network if type(self.network) is MaskedNetwork else None
         return TriangularTransform(
             partial(self.meta, c),
             phi=lambda: (*self.parameters(), *(() if c is None else (c,))),
-            event_dim=len(self.features),
+            event_dim=event_dim,
+            substitute=partial(substitute, network, self.univariate, self.shapes, c, event_dim),
             solver=self.solver,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
+from torch.distributions import Transform
 from zuko.distributions import DiagNormal
 from zuko.flows import MaskedAutoregressiveTransform
 from zuko.lazy import (
@@ -37,6 +38,7 @@ from .conditioners import (
 )
 from .inversion import Solver
 from .modules import ConditionalLDU
+from .substitution import substitute
 from .transforms import TriangularTransform
 
 
@@ -186,6 +188,15 @@ def autoregressive(
     return LazyTriangular(masked, features, univariate, shapes, solver)
 
 
+def _alike(univariate: Any) -> bool:
+    """Whether a constructor of element-wise transforms treats all features alike."""
+    while isinstance(univariate, partial):
+        if any(isinstance(v, Tensor) for v in (*univariate.args, *univariate.keywords.values())):
+            return False
+        univariate = univariate.func
+    return isinstance(univariate, type) and issubclass(univariate, Transform)
+
+
 class FastInverse(LazyTransform):
     r"""Wraps one of zuko's autoregressive transformations, to invert it in fewer passes.
 
@@ -214,11 +225,15 @@ class FastInverse(LazyTransform):
 
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""
-        t = check_instance("transform(c)", self.transform(c), AutoregressiveTransform)
+        lazy = self.transform
+        t = check_instance("transform(c)", lazy(c), AutoregressiveTransform)
+        standard = type(lazy).meta is MaskedAutoregressiveTransform.meta
+        network = lazy.hyper if standard and _alike(lazy.univariate) else None
         return TriangularTransform(
             t.meta,
             phi=lambda: (*self.parameters(), *(() if c is None else (c,))),
             passes=t.passes,
+            substitute=partial(substitute, network, lazy.univariate, lazy.shapes, c, 1),
             solver=self.solver,
         )
 

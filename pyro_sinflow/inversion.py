@@ -16,7 +16,7 @@ Algorithm 1 of the paper, a fixed-point iteration for both, is the method ``"ban
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -116,10 +116,10 @@ def record_inversions() -> Iterator[list[Inversion]]:
         _trace.reset(token)
 
 
-def _record(problem: str, iterations: int, x: Tensor) -> None:
+def _record(problem: str, iterations: int, elements: int) -> None:
     records = _trace.get()
     if records is not None:
-        records.append(Inversion(problem, iterations, x.numel()))
+        records.append(Inversion(problem, iterations, elements))
 
 
 def _missed(problem: str, worst: Tensor, tolerance: float, iterations: int) -> str:
@@ -132,58 +132,68 @@ def _missed(problem: str, worst: Tensor, tolerance: float, iterations: int) -> s
 class Increasing(Protocol):
     """An increasing function of each element of x, with shape (B, 1, N)."""
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns value and slope, with shape (B, 1, N)."""
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Bounds of the magnitudes of second and third derivative, with shape (B, 1, 1)."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns value, slope and second derivative, with shape (B, 1, N)."""
+
+    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a lower and an upper bound of the root, with shape (B, 1, N)."""
 
     def take(self, rows: Tensor) -> Increasing:
         """Returns the functions of some of the B rows."""
 
 
-def solve_bracketed(
-    function: Increasing, y: Tensor, lower: Tensor, upper: Tensor, start: Tensor, solver: Solver
-) -> Tensor:
+class Root(NamedTuple):
+    """What a solver found."""
+
+    x: Tensor
+    iterations: int
+    error: Tensor  # the largest relative error that was seen, a scalar
+
+
+def solve_bracketed(function: Increasing, y: Tensor, start: Tensor, solver: Solver) -> Root:
     r"""Solves :math:`f(x) = y` element by element, for an increasing :math:`f`.
 
-    A few Newton steps, kept in the bracket, settle nearly all elements. What remains is solved
-    apart, with bisection as a safeguard: each iteration halves the residual or the bracket, or does
+    Two of Halley's steps settle nearly all elements. What remains is solved apart, by Newton's
+    method with bisection as a safeguard: each iteration halves the residual or the bracket, or does
     better.
 
     Args:
-        function: Returns value and slope of :math:`f`.
+        function: The function :math:`f`, with bounds of its derivatives and of its root.
         y: The values to invert, with shape :math:`(B, 1, N)`.
-        lower: A lower bound of the root, with shape :math:`(B, 1, N)`.
-        upper: An upper bound of the root, with shape :math:`(B, 1, N)`.
         start: The first guess, with shape :math:`(B, 1, N)`.
         solver: Method, tolerance and number of iterations.
 
     Returns:
-        The root, with shape :math:`(B, 1, N)`.
+        The root, with shape :math:`(B, 1, N)`, to :func:`report`.
+    """
+    if solver.method == "banach":
+        return _banach(function, y, start, solver)
+    if not readable(y, start):
+        return _safeguarded(function, y, start, solver, limit=40)
+    return _halley(function, y, start, solver)
+
+
+def report(roots: Sequence[Root], solver: Solver) -> None:
+    """Records the roots of element-wise functions as one inversion.
 
     Warns:
         InversionWarning: If the tolerance is missed.
     """
-    look = readable(y, lower)
-    if solver.method == "banach":
-        x, iterations, error = _banach(function, y, start, solver)
-    elif not look:
-        x = start.clamp(lower, upper)
-        x, iterations, error = _safeguarded(function, y, lower, upper, x, solver, limit=40)
-    else:
-        x, iterations, error = _newton(function, y, lower, upper, start, solver)
-
-    _record("sinusoid", iterations, x)
-    if look and x.numel():
-        _, tolerance = solver.tolerances(y.dtype)
-        if not error <= tolerance:
-            warnings.warn(
-                _missed("sinusoidal", error, tolerance, iterations), InversionWarning, stacklevel=2
-            )
-    return x
+    iterations = max((root.iterations for root in roots), default=0)
+    _record("sinusoid", iterations, sum(root.x.numel() for root in roots))
+    for x, _, error in roots:
+        _, tolerance = solver.tolerances(x.dtype)
+        if readable(x, error) and not error <= tolerance:
+            message = _missed("sinusoidal", error, tolerance, iterations)
+            warnings.warn(message, InversionWarning, stacklevel=2)
+            return
 
 
-def _banach(
-    function: Increasing, y: Tensor, x: Tensor, solver: Solver
-) -> tuple[Tensor, int, Tensor]:
+def _banach(function: Increasing, y: Tensor, x: Tensor, solver: Solver) -> Root:
     """Algorithm 1 of the paper."""
     aim, _ = solver.tolerances(y.dtype)
     limit = solver.max_iter or 100
@@ -193,49 +203,49 @@ def _banach(
         if iteration == limit or (readable(x) and bool((relative <= aim).all())):
             break
         x = x - error
-    return x, iteration, relative.max() if x.numel() else relative.sum()
+    return Root(x, iteration, relative.max() if x.numel() else relative.sum())
 
 
-def _newton(
-    function: Increasing, y: Tensor, lower: Tensor, upper: Tensor, x: Tensor, solver: Solver
-) -> tuple[Tensor, int, Tensor]:
-    """Plain Newton steps for all elements, then safeguarded ones for those that need them."""
+def _halley(function: Increasing, y: Tensor, x: Tensor, solver: Solver) -> Root:
+    r"""Halley's steps for all elements, then safeguarded ones for those that need them.
+
+    After the step :math:`\delta`, the residual is at most :math:`|\delta|^3 (3 M_2^2 / 8 f'(x) +
+    M_3 / 6)`, where :math:`M_2` and :math:`M_3` bound second and third derivative. This tells of
+    most elements that they have arrived, without evaluating the function again.
+    """
     aim, _ = solver.tolerances(y.dtype)
     limit = solver.max_iter or 200
-    bound = aim * (1 + y.abs())
-    x = x.clamp(lower, upper)
-    steps = min(limit, 4)
-    for iteration in range(steps + 1):
-        value, slope = function(x)
-        error = value - y
-        settled = error.abs() <= x.abs().mul_(aim).add_(bound)
-        if bool(settled.all()):
-            return x, iteration, bound.sum() * 0
-        if iteration < steps:
-            x = torch.where(settled, x, (x - error / slope).clamp(lower, upper))
+    second, third = function.bounds
+    square, cubic = 0.375 * second.square(), third / 6
+    iteration, count = 0, y.numel()
+    while iteration < min(limit, 4) and 8 * count > y.numel():
+        iteration += 1
+        value, slope, bend = function(x)
+        newton = (y - value).div_(slope)
+        half = (newton * bend).div_(slope).mul_(0.5)
+        step = newton.div_(half.clamp(-0.5, 0.5).add_(1))
+        x = x + step
+        if iteration > 1:  # a first guess is hardly ever so good
+            reached = step.abs_().pow(3).mul_((square / slope).add_(cubic))
+            arrived = reached <= (1 + y.abs()).mul_(aim / 2)
+            arrived &= half.abs_() <= 0.5  # or else the formula above does not hold
+            count = y.numel() - int(arrived.sum())
+    if count == 0:
+        return Root(x, iteration, y.new_zeros(()))
 
-    rest = (~settled).flatten().nonzero().squeeze(-1)
+    rest = torch.ones_like(y, dtype=torch.bool) if iteration < 2 else ~arrived
+    where = rest.flatten().nonzero().squeeze(-1)
 
     def pick(tensor: Tensor) -> Tensor:
-        return tensor.flatten()[rest].reshape(-1, 1, 1)
+        return tensor.flatten()[where].reshape(-1, 1, 1)
 
-    part = function.take(rest // max(x.shape[-1], 1))
-    solved, iterations, worst = _safeguarded(
-        part, pick(y), pick(lower), pick(upper), pick(x), solver, limit=limit - steps
-    )
-    x = x.flatten().index_copy(0, rest, solved.flatten()).view_as(x)
-    return x, steps + iterations, worst
+    part = function.take(where // x.shape[-1])
+    solved, iterations, worst = _safeguarded(part, pick(y), pick(x), solver, limit - iteration)
+    x = x.flatten().index_copy(0, where, solved.flatten()).view_as(x)
+    return Root(x, iteration + iterations, worst)
 
 
-def _safeguarded(
-    function: Increasing,
-    y: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    x: Tensor,
-    solver: Solver,
-    limit: int,
-) -> tuple[Tensor, int, Tensor]:
+def _safeguarded(function: Increasing, y: Tensor, x: Tensor, solver: Solver, limit: int) -> Root:
     """Newton's method, with bisection where it leaves the bracket or gains less than a bit."""
     aim, _ = solver.tolerances(y.dtype)
     eps = torch.finfo(y.dtype).eps
@@ -243,7 +253,9 @@ def _safeguarded(
     if not look and solver.max_iter:
         limit = solver.max_iter
 
-    value, slope = function(x)
+    lower, upper = function.bracket(y)
+    x = x.clamp(lower, upper)
+    value, slope, _ = function(x)
     error = value - y
     previous = torch.full_like(error, torch.inf)
     iteration = 0
@@ -259,11 +271,11 @@ def _safeguarded(
         step = torch.where(bisect, lower + (upper - lower) / 2, step)
         x = torch.where(settled, x, step)
         previous = error.abs()
-        value, slope = function(x)
+        value, slope, _ = function(x)
         error = value - y
 
     relative = error.abs() / (1 + x.abs() + y.abs())
-    return x, iteration, relative.max() if x.numel() else relative.sum()
+    return Root(x, iteration, relative.max() if x.numel() else relative.sum())
 
 
 class TriangularMap(NamedTuple):
@@ -272,10 +284,13 @@ class TriangularMap(NamedTuple):
     Args:
         conditioner: Returns, given x, the element-wise increasing :math:`\tau` as a transform.
         event_dim: The number of dimensions of an event.
+        substitute: Returns the root by forward substitution, given y and a solver, or
+            :py:`None` where the iteration is the better way.
     """
 
     conditioner: Callable[[Tensor], Transform]
     event_dim: int
+    substitute: Callable[[Tensor, Solver], Tensor | None] | None = None
 
     def at(self, x: Tensor) -> Transform:
         """Returns the element-wise transform for the conditioner's input x."""
@@ -288,6 +303,71 @@ class TriangularMap(NamedTuple):
     def step(self, y: Tensor, x: Tensor) -> Tensor:
         """Returns the root of the map whose conditioner is held at x."""
         return self.at(x).inv(y)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """Returns the bound of what an inverse may return.
+
+    A feature that is not settled yet may overflow on the way, and infinity times a masked weight of
+    zero would spoil the features that are.
+    """
+    return torch.finfo(dtype).max ** 0.5
+
+
+def _iterate(
+    step: Callable[[Tensor], Tensor],
+    x: Tensor,
+    limit: int,
+    aim: float,
+    unseen: int = 0,
+    exact: bool = False,
+) -> tuple[Tensor, int, bool]:
+    """Iterates a nilpotent step, and returns x, the number of passes and whether x is settled.
+
+    It does not look at the first ``unseen`` passes. With ``exact``, x is known to be settled after
+    the last pass, though not to be finite.
+    """
+    largest = _largest(x.dtype)
+    look, least = readable(x), x.new_tensor(aim)
+    for iteration in range(1, limit + 1):
+        new = step(x)
+        if iteration == limit and exact:
+            return new.clamp(-largest, largest), limit, True
+        # The change is NaN where the step is not finite.
+        done = (
+            look
+            and iteration > unseen
+            and bool(((new - x).abs() <= torch.add(least, new.abs(), alpha=aim)).all())
+        )
+        x = new.nan_to_num(nan=0.0).clamp(-largest, largest)
+        if done:
+            return x, iteration, True
+    return x, limit, False
+
+
+def _cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
+    """Keeps x in range, and returns which elements belong to an event that has not left it.
+
+    Raises:
+        InversionError: If every event has left it.
+
+    Warns:
+        InversionWarning: If some have.
+    """
+    largest = _largest(x.dtype)
+    inside = (x.abs() < largest).flatten(x.ndim - event_dim).all(dim=-1)  # False for NaN
+    lost = inside.numel() - int(inside.sum())
+    if lost:
+        message = (
+            f"The inverse of a triangular map leaves the range of {x.dtype} in {lost} of "
+            f"{inside.numel()} events: the map is not finite, or its slopes are too extreme there. "
+            "Activations that are bounded, such as torch.nn.Tanh, or float64 may help."
+        )
+        if lost == inside.numel():
+            raise InversionError(message)
+        warnings.warn(message, InversionWarning, stacklevel=2)
+        x = x.nan_to_num(nan=largest).clamp(-largest, largest)
+    return x, inside[(...,) + event_dim * (None,)].expand_as(x)
 
 
 def _settle(
@@ -303,43 +383,73 @@ def _settle(
     bound = min(features, passes or features)
     limit = min(bound, solver.max_iter or (100 if solver.method == "banach" else bound))
     aim, tolerance = solver.tolerances(x.dtype)
-    look = readable(x)
-    # A feature that is not settled yet may overflow on the way, and infinity times a masked weight
-    # of zero would spoil the features that are.
-    largest = torch.finfo(x.dtype).max ** 0.5
 
-    def advance(x: Tensor) -> tuple[Tensor, Tensor]:
-        new = step(x)
-        change = (new - x).abs() / (1 + new.abs())  # NaN where the step is not finite
-        return new.nan_to_num(nan=0.0).clamp(-largest, largest), change
+    x, iterations, done = _iterate(step, x, limit, aim)
+    _record(problem, iterations, x.numel())
+    if done or not readable(x) or not x.numel() or features == 1:
+        return x
+    # The bound makes x exact, if the map is what it should be: one more pass tells.
+    new, inside = _cut_off(step(x), event_dim)
+    change = (new - x).abs() / (1 + new.abs())
+    worst = change[inside].max()
+    if not worst <= tolerance:
+        message = _missed(problem, worst, tolerance, limit)
+        if limit == bound and not worst <= torch.finfo(x.dtype).eps ** 0.5:
+            raise InversionError(
+                f"{message} {limit} passes are exact for every triangular map: this one is not "
+                "triangular or not deterministic. Call '.eval()' if it has dropout."
+            )
+        warnings.warn(message, InversionWarning, stacklevel=2)
+    return torch.where(inside, x, new)
 
-    change = x
-    for iteration in range(limit):
-        x, change = advance(x)
-        if look and bool((change <= aim).all()):
-            _record(problem, iteration + 1, x)
-            return x
 
-    _record(problem, limit, x)
-    if look and x.numel() and features > 1:
-        # The bound makes x exact, if the map is what it should be: one more pass tells.
-        _, change = advance(x)
-        worst = change.max()
-        if not worst <= tolerance:
-            message = _missed(problem, worst, tolerance, limit)
-            if limit == bound and not worst <= torch.finfo(x.dtype).eps ** 0.5:
-                raise InversionError(
-                    f"{message} {limit} passes are exact for every triangular map: this one is not "
-                    "finite, not triangular or not deterministic. Call '.eval()' if it has dropout."
-                )
-            warnings.warn(message, InversionWarning, stacklevel=2)
-    return x
+def solve_blocks(
+    blocks: Iterable[tuple[Tensor, int, Callable[[Tensor], Tensor]]], x: Tensor, solver: Solver
+) -> Tensor:
+    """Solves a triangular system of equations block by block, by forward substitution.
+
+    Args:
+        blocks: For each block the indices of its features, the number of passes after which its
+            iteration is exact, and its nilpotent step, which may rely on the blocks before it.
+        x: Where the blocks find the solution, with shape :math:`(D, N)`.
+        solver: Tolerance and number of iterations.
+
+    Returns:
+        The solution, with shape :math:`(N, D)`.
+
+    Raises:
+        InversionError: If every event leaves the range of the dtype.
+
+    Warns:
+        InversionWarning: If some do, or ``solver.max_iter`` is too small.
+    """
+    aim, tolerance = solver.tolerances(x.dtype)
+    most = 0
+    for block, passes, step in blocks:
+        limit = min(passes, solver.max_iter or passes)
+        start = x.new_zeros(len(block), x.shape[1])
+        # Neighbouring blocks take about as many passes.
+        part, iterations, done = _iterate(step, start, limit, aim, most - 2, limit == passes)
+        if not done:
+            new = step(part)
+            worst = ((new - part).abs() / (1 + new.abs())).max()
+            if not worst <= tolerance:
+                message = _missed("triangular", worst, tolerance, limit)
+                warnings.warn(message, InversionWarning, stacklevel=2)
+        x[block] = part
+        most = max(most, iterations)
+    _record("triangular", most, x.numel())
+    return _cut_off(x.t(), 1)[0]
 
 
 def solve_triangular(
     function: TriangularMap, y: Tensor, solver: Solver, passes: int | None = None
 ) -> Tensor:
     """Inverts a triangular map by nilpotent iteration, recorded by autograd pass by pass."""
+    if function.substitute is not None and solver.method == "newton" and readable(y):
+        x = function.substitute(y, solver)
+        if x is not None:
+            return x
     start = y if solver.method == "banach" else torch.zeros_like(y)
     return _settle(
         lambda x: function.step(y, x), start, function.event_dim, solver, "triangular", passes
@@ -370,10 +480,12 @@ def invert_triangular(
         The root x, with the shape of y.
 
     Raises:
-        InversionError: If the map turns out not to be triangular, or not deterministic.
+        InversionError: If the map turns out not to be triangular, or not deterministic, or every
+            event leaves the range of the dtype.
 
     Warns:
-        InversionWarning: If the tolerance is missed, because ``solver.max_iter`` is small.
+        InversionWarning: If some events leave it, or the tolerance is missed because
+            ``solver.max_iter`` is small.
     """
     if not readable(y):
         return solve_triangular(function, y, solver, passes)

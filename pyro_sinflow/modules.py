@@ -11,7 +11,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
-from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
+from zuko.transforms import AdditiveTransform
 
 from ._checks import (
     check_callable,
@@ -25,6 +25,7 @@ from .conditioners import (
     LazySinusoids,
     LazyTriangular,
     MaskedNetwork,
+    bounded_affine,
     check_context,
     check_order,
     initial_sinusoids,
@@ -163,7 +164,7 @@ class ConditionalLDU(LazyTransform):
                 residual=residual,
                 dropout=dropout,
             )
-            univariate = MonotonicAffineTransform if scale else AdditiveTransform
+            univariate = bounded_affine if scale else AdditiveTransform
             return LazyTriangular(masked, shape, univariate, shapes, solver)
 
         self.features = shape

@@ -33,7 +33,7 @@ from torch import Size, Tensor
 from torch.autograd import Function
 
 from ._checks import autocasting, broadcast
-from .inversion import Solver, solve_bracketed
+from .inversion import Root, Solver, report, solve_bracketed
 
 _BLOCK = 2**17
 
@@ -129,7 +129,7 @@ def _features(x: Tensor, a: Tensor, extra: Tensor, space: Tensor | None = None) 
     Returns:
         The features, with shape (B, 2K + E, N).
     """
-    if space is None:
+    if space is None or x.shape[-1] < 8:  # short rows are slow to address one by one
         t = a * x
         sine, cosine = t.sin(), t.cos()
         return torch.cat((sine * cosine, sine * sine, extra), dim=1)
@@ -149,32 +149,30 @@ def _reuses() -> bool:
 
 
 class Sinusoid(NamedTuple):
-    """One sinusoid, as a function that is linear in its features P, Q and 1."""
+    """One sinusoid: its value and its derivatives are linear in its features P, Q and 1."""
 
     a: Tensor  # (B, K, 1)
-    linear: Tensor  # the coefficients of value and slope, (B, 2, 2K + 1)
+    linear: Tensor  # the coefficients of value, slope, ..., (B, R, 2K + 1)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns value and slope, with shape (B, 1, N)."""
-        return self.from_features(x, _features(x, self.a, torch.ones_like(x)))
-
-    def from_features(self, x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns value and slope, given the features at x."""
-        value, slope = _bmm(self.linear, features).split(1, dim=1)
-        return x + value, slope
-
-    def take(self, rows: Tensor) -> Sinusoid:
-        """Returns the sinusoids of some rows."""
-        return Sinusoid(self.a[rows], self.linear[rows])
+    def from_features(self, x: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        """Returns value, slope, ..., given the features at x."""
+        value, *derivatives = _bmm(self.linear, features).split(1, dim=1)
+        return x + value, *derivatives
 
 
-def _sinusoids(chain: Chain) -> list[Sinusoid]:
+def _bend(a: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Returns the coefficients of the second derivative."""
+    ac, as_ = -4 * a * c, 2 * a * s
+    return torch.cat((ac, -2 * as_, as_.sum(dim=-1, keepdim=True)), dim=-1)
+
+
+def _sinusoids(chain: Chain, bend: bool = False) -> list[Sinusoid]:
     a, c, s, d = chain
     value = torch.cat((c / a, s / a, d.unsqueeze(-1)), dim=-1)
     slope = torch.cat((s + s, -2 * c, 1 + c.sum(dim=-1, keepdim=True)), dim=-1)
-    linear = torch.stack((value, slope), dim=-2)
+    rows = (value, slope, _bend(a, c, s)) if bend else (value, slope)
 
-    return [*map(Sinusoid, a.unsqueeze(-1).unbind(1), linear.unbind(1))]
+    return [*map(Sinusoid, a.unsqueeze(-1).unbind(1), torch.stack(rows, dim=-2).unbind(1))]
 
 
 def _evaluate(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -224,8 +222,7 @@ def _pull(
     """
     x = torch.cat((x.unsqueeze(1), inputs), dim=1)  # of each sinusoid, (B, M, N)
     m, k = a.shape[1:]
-    ac, as_ = -4 * a * c, 2 * a * s
-    bend = torch.cat((ac, -2 * as_, as_.sum(dim=-1, keepdim=True)), dim=-1)
+    bend = _bend(a, c, s)
     zero = torch.zeros_like(x[:, :1])
     g = zero if gy is None else gy.unsqueeze(1)
     gs = None if gl is None else gl.unsqueeze(1) / slope
@@ -361,22 +358,64 @@ class _Forward(Function):
         return unfolded, (0,) * len(unfolded)
 
 
-def _bracket(y: Tensor, a: Tensor, c: Tensor, s: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns bounds of the root, in closed form from the bounds on slope and residual term."""
-    info = torch.finfo(y.dtype)
-    amplitude = torch.hypot(c, s) * (1 + 4 * info.eps)
-    size = amplitude.sum(dim=1, keepdim=True)  # |alpha|
-    reach = (amplitude / a).sum(dim=1, keepdim=True)
-    # f(0) = d and f' is in [1 - |alpha|, 1 + |alpha|]: x lies between z / (1 + |alpha|) and this.
-    z = y - d
-    far = z / (1 - size).clamp_min(info.tiny)
-    near = z / (1 + size)
-    reach = reach + 8 * info.eps * (reach + z.abs())
+class _Equation:
+    """A sinusoid to be inverted, with shape (B, 1, N)."""
 
-    return (
-        torch.maximum(torch.minimum(near, far), z - reach),
-        torch.minimum(torch.maximum(near, far), z + reach),
-    )
+    def __init__(
+        self, sinusoid: Sinusoid, amplitude: Tensor, shift: Tensor, space: Tensor | None = None
+    ) -> None:
+        self.sinusoid = sinusoid
+        self.amplitude = amplitude  # of each component of the slope, (B, K, 1)
+        self.shift = shift  # (B, 1, 1)
+        self.space = space
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Bounds of the magnitudes of second and third derivative, with shape (B, 1, 1)."""
+        second = 2 * self.sinusoid.a * self.amplitude
+        third = 2 * self.sinusoid.a * second
+        return second.sum(dim=1, keepdim=True), third.sum(dim=1, keepdim=True)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns value, slope and second derivative."""
+        features = _features(x, self.sinusoid.a, torch.ones_like(x), self.space)
+        self.space = features if _reuses() else None
+        value, slope, bend = self.sinusoid.from_features(x, features)
+        return value, slope, bend
+
+    def take(self, rows: Tensor) -> _Equation:
+        """Returns the equations of some rows."""
+        a, linear = self.sinusoid
+        return _Equation(Sinusoid(a[rows], linear[rows]), self.amplitude[rows], self.shift[rows])
+
+    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns bounds of the root, from the bounds of slope and residual term."""
+        info = torch.finfo(y.dtype)
+        size = self.amplitude.sum(dim=1, keepdim=True)  # |alpha|
+        reach = (self.amplitude / self.sinusoid.a).sum(dim=1, keepdim=True)
+        # f(0) = d and f' is in [1 - |alpha|, 1 + |alpha|]: x is between z / (1 + |alpha|) and this.
+        z = y - self.shift
+        far = z / (1 - size).clamp_min(info.tiny)
+        near = z / (1 + size)
+        reach = reach + 8 * info.eps * (reach + z.abs())
+
+        return (
+            torch.maximum(torch.minimum(near, far), z - reach),
+            torch.minimum(torch.maximum(near, far), z + reach),
+        )
+
+
+def _solve(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
+    """Inverts the sinusoids of a chain, the last first, and returns their roots."""
+    amplitude = torch.hypot(chain.c, chain.s) * (1 + 4 * torch.finfo(y.dtype).eps)
+    shift = chain.d.unsqueeze(-1)
+    roots, space = [Root(y.unsqueeze(1), 0, y)], None
+    for m, sinusoid in reversed([*enumerate(_sinusoids(chain, bend=True))]):
+        y, d = roots[-1].x, shift[:, m : m + 1]
+        equation = _Equation(sinusoid, amplitude[:, m].unsqueeze(-1), d, space)
+        roots.append(solve_bracketed(equation, y, y - d, solver))
+        space = equation.space
+    return roots[1:]
 
 
 class _Inverse(Function):
@@ -384,13 +423,15 @@ class _Inverse(Function):
 
     @staticmethod
     def forward(solver: Solver, y: Tensor, *parameters: Tensor) -> Tensor:
-        chain = Chain(*parameters)
-        y = y.unsqueeze(1)
-        for m, sinusoid in reversed([*enumerate(_sinusoids(chain))]):
-            a, c, s, d = (t[:, m].unsqueeze(-1) for t in chain)
-            lower, upper = _bracket(y, a, c, s, d.unsqueeze(-1))
-            y = solve_bracketed(sinusoid, y, lower, upper, y - d.unsqueeze(-1), solver)
-        return y.squeeze(1)
+        roots: list[Root] = []
+
+        def solve(y: Tensor, *parameters: Tensor) -> tuple[Tensor]:
+            roots.extend(_solve(solver, y, Chain(*parameters)))
+            return (roots[-1].x.squeeze(1),)
+
+        (x,) = _by_rows(solve, parameters[0].shape[-1] * y.shape[-1], y, *parameters)
+        report(roots, solver)
+        return x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

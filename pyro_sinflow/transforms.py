@@ -239,6 +239,9 @@ class TriangularTransform(Bijection):
             images :math:`(C, H, W)`.
         batch_shape: The batch shape of what the conditioner depends on, with which inputs
             broadcast in ``forward_shape``.
+        substitute: A faster way to the same inverse, for conditioners that can be evaluated
+            feature by feature. Returns x given y and a solver, or :py:`None` where the iteration is
+            the better way.
         solver: How the inverse is computed.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
 
@@ -262,6 +265,7 @@ class TriangularTransform(Bijection):
         passes: int | None = None,
         event_dim: int = 1,
         batch_shape: Size = Size(),
+        substitute: Callable[[Tensor, Solver], Tensor | None] | None = None,
         solver: Solver = Solver(),
         cache_size: int = 0,
     ) -> None:
@@ -277,6 +281,7 @@ class TriangularTransform(Bijection):
         self.passes = None if passes is None else check_size("passes", passes)
         self._event_dim = check_size("event_dim", event_dim)
         self.batch_shape = Size(batch_shape)
+        self.substitute = substitute
         self.solver = check_instance("solver", solver, Solver)
 
     def __repr__(self) -> str:
@@ -302,7 +307,7 @@ class TriangularTransform(Bijection):
 
     def _map(self) -> TriangularMap:
         # Apart from self: the graph of an inverse keeps it, and must not keep a cached pair.
-        return TriangularMap(self.conditioner, self._event_dim)
+        return TriangularMap(self.conditioner, self._event_dim, self.substitute)
 
     def _call(self, x: Tensor) -> Tensor:
         return self._map().value(at_least_float32(x))

@@ -1,0 +1,176 @@
+"""Forward substitution agrees with passes through the whole network, and knows its limits."""
+
+import copy
+
+import pytest
+import torch
+import zuko
+from conftest import perturb, residual
+from torch import nn
+
+from pyro_sinflow import (
+    LDU,
+    ConditionalLDU,
+    InversionWarning,
+    SinusoidalFlow,
+    Solver,
+    fast_inverse,
+    record_inversions,
+    substitution,
+)
+from pyro_sinflow.conditioners import MaskedNetwork
+from pyro_sinflow.substitution import Evaluation, Stages, substitute
+
+CASES = {
+    "shift": lambda c: ConditionalLDU(11, c),
+    "scale": lambda c: ConditionalLDU(11, c, scale=True, residual=True, hidden_features=(32,) * 4),
+    "order": lambda c: ConditionalLDU(11, c, order=torch.randperm(11)),
+    "linear": lambda c: ConditionalLDU(11, c, hidden_features=()),
+    "dropout": lambda c: ConditionalLDU(11, c, dropout=0.5),
+    "image": lambda c: ConditionalLDU((2, 3, 2), c, scale=True),
+    "one": lambda c: ConditionalLDU(1, c),
+    "autoregressive": lambda c: (
+        SinusoidalFlow(
+            (11,), c, transforms=2, conditioner="autoregressive", activation=nn.ELU
+        ).transform
+    ),
+    "MAF": lambda c: fast_inverse(zuko.flows.MAF(11, c, transforms=2, randperm=True)).transform,
+    "NSF": lambda c: fast_inverse(zuko.flows.NSF(11, c, transforms=2, residual=True)).transform,
+    "coupling": lambda c: (
+        fast_inverse(
+            zuko.lazy.Flow(zuko.flows.MaskedAutoregressiveTransform(11, c, passes=2), None)
+        ).transform
+    ),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Makes substitution the rule for batches of any size, and counts the networks it inverts."""
+    made = []
+
+    class Counted(Evaluation):
+        def __init__(self, *args):
+            made.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(substitution, "_LEAST", 0)
+    monkeypatch.setattr(substitution, "Evaluation", Counted)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_whole_passes(name, context, dtype, calls, monkeypatch):
+    lazy = perturb(CASES[name](context).to(dtype), 0.05).eval()
+    features = {"image": (2, 3, 2), "one": (1,)}.get(name, (11,))
+    t = lazy(torch.randn(4, 3, dtype=dtype) if context else None)
+    y = torch.randn(6, 4, *features, dtype=dtype)
+    with torch.no_grad():
+        x = t.inv(y)
+        constant = name == "one" and context == 0  # nothing to depend on, and no network
+        assert len(calls) == (0 if constant else 1 if name == "coupling" else 2)
+        monkeypatch.setattr(substitution, "_LEAST", y.numel() + 1)
+        whole = t.inv(y)
+        assert len(calls) <= 2
+    eps = torch.finfo(dtype).eps
+    assert residual(t, x, y) <= 32 * eps
+    assert torch.allclose(x, whole, rtol=0, atol=100 * eps)
+    assert x.shape == y.shape
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 11, 20])
+def test_stages_agree_with_the_network_whatever_their_size(size):
+    network = perturb(MaskedNetwork(11, 3, 2, hidden_features=(16, 16)).double())
+    x, c = torch.randn(7, 11).double(), torch.randn(7, 3).double()
+    stages = Stages(network.network, 11, size)
+    assert sorted(torch.cat(stages.blocks).tolist()) == [*range(11)]
+    assert stages.passes == [min(size, 11 - i) for i in range(0, 11, size)]
+    with torch.no_grad():
+        evaluation = Evaluation(stages, c.t())
+        for i, block in enumerate(stages.blocks, start=1):
+            evaluation.begin(i)
+            h = evaluation(x[:, block].t(), commit=True)
+            expected = network(x, c)[:, block]
+            assert torch.allclose(h.t().reshape(expected.shape), expected, atol=1e-12)
+
+
+def test_a_coupling_is_one_pass_a_block():
+    network = zuko.flows.MaskedAutoregressiveTransform(12, passes=2).hyper
+    assert Stages(network, 12, size=6).passes == [1, 1]
+
+
+def test_sees_new_weights_and_new_masks(calls):
+    flow = SinusoidalFlow(9, transforms=1, randperm=True)
+    y = torch.randn(5, 9)
+    with torch.no_grad():
+        flow().transform.inv(y)
+        flow.load_state_dict(perturb(SinusoidalFlow(9, transforms=1, randperm=True)).state_dict())
+        assert residual(flow().transform, flow().transform.inv(y), y) <= 1e-5
+        other = copy.deepcopy(flow)
+        assert torch.equal(other().transform.inv(y), flow().transform.inv(y))
+
+
+def test_gradients_do_not_depend_on_it(calls, monkeypatch):
+    t = perturb(LDU(7, scale=True).double())
+    y = torch.randn(5, 7).double()
+    grads = []
+    for least in (0, 10**9):
+        monkeypatch.setattr(substitution, "_LEAST", least)
+        grads.append(torch.autograd.grad(t.inv(y).sin().sum(), [*t.parameters()]))
+        t.clear_cache()
+    assert len(calls) == 2
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", ["hook", "dropout", "activation with parameters", "autocast"])
+def test_leaves_other_networks_alone(change, calls):
+    options = {"activation": nn.PReLU} if "parameters" in change else {}
+    network = MaskedNetwork(6, dropout=0.5 if change == "dropout" else 0.0, **options).network
+    if change == "hook":
+        network[0].register_forward_hook(lambda *_: None)
+    arguments = (network, zuko.transforms.AdditiveTransform, [()], None, 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        assert substitute(*arguments, torch.randn(5, 6), Solver()) is None
+    assert not calls
+
+
+def test_a_batch_keeps_the_events_that_stay_in_range(calls, monkeypatch):
+    t = LDU(4, scale=True, hidden_features=(8,)).block.lower()
+    with torch.no_grad():
+        for p in t.phi:
+            p.fill_(1.0)
+    y = torch.randn(5, 4)
+    y[2] = 1e30
+    for least in (0, 10**9):
+        monkeypatch.setattr(substitution, "_LEAST", least)
+        with pytest.warns(InversionWarning, match="leaves the range of torch.float32 in 1 of 5"):
+            x = t.inv(y)
+        assert x.isfinite().all()
+        keep = torch.tensor([0, 1, 3, 4])
+        assert residual(t, x[keep], y[keep]) <= 1e-5
+
+
+def test_leaves_transforms_alone_that_know_their_feature(calls):
+    flow = fast_inverse(zuko.flows.NAF(5, transforms=1))
+    with torch.no_grad():
+        flow().transform.inv(torch.randn(3, 5))
+    assert not calls
+
+
+def test_a_limit_warns(calls):
+    t = perturb(LDU(16), 0.5).block.lower
+    t.solver = Solver(max_iter=1)
+    with torch.no_grad(), pytest.warns(InversionWarning, match="stopped after 1 iterations"):
+        t().inv(torch.randn(5, 16))
+
+
+def test_iterations_are_those_of_the_slowest_block(calls):
+    t = perturb(LDU(32), 0.1).block.lower()
+    with torch.no_grad(), record_inversions() as inversions:
+        t.inv(torch.randn(5, 32))
+    (inversion,) = inversions
+    assert (inversion.problem, inversion.elements) == ("triangular", 160)
+    assert 1 < inversion.iterations <= 16
