@@ -126,6 +126,17 @@ def test_gradients_of_both_directions():
     assert torch.autograd.gradcheck(lambda x, c: block(c).inv(x), (x, c))
 
 
+def test_devices_and_dtypes():
+    x, c = torch.randn(5, 2, 3, 4), torch.randn(3)
+    net = PixelCNN((2, 3, 4), 3, order=range(24)[::-1])
+    h = net(x, c)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert net(x, c).dtype == torch.float32
+        assert torch.allclose(net(x, c), h, atol=0.05)
+    assert net.double()(x.double(), c.double()).dtype == torch.float64
+    assert net.to("meta")(*(t.double().to("meta") for t in (x, c))).device.type == "meta"
+
+
 def test_dropout_in_training_alone():
     net = PixelCNN((1, 4, 4), dropout=0.5)
     x = torch.randn(1, 4, 4)
