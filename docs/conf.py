@@ -21,6 +21,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_output_stderr = "error"
+os.environ["OMP_NUM_THREADS"] = "1"  # threads gain nothing for networks this small
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of widgets that pages lack
 
 rst_prolog = ".. role:: py(code)\n   :language: python\n"  # as zuko's docstrings have it
