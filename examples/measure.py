@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import pyro
 import torch
 from data import Data, patches
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
 from tqdm import tqdm, trange
 from training import Budget, fit, print_table
@@ -31,10 +31,12 @@ from pyro_sinflow import InversionError, SinusoidalFlow, SinusoidalTransform, re
 
 CONDITIONERS: dict[str, dict[str, Any]] = {
     "independent": {},
-    "independent, scale=True": {"scale": True},
+    "scale=True": {"scale": True},
     "autoregressive": {"conditioner": "autoregressive"},
 }
 BLOCKS = 8
+# What a pass is, by the number of samples that are drawn at once: the inverse takes the faster way.
+PASSES = {10: "through the network", 1000: "over its blocks of features"}
 # The errors to stay below, by dtype.
 COMPOSED_AIM = {"float32": 1e-5, "float64": 1e-11}
 SINUSOID_AIM = {"float32": 5e-6, "float64": 1e-13}
@@ -42,30 +44,32 @@ SINUSOID_AIM = {"float32": 5e-6, "float64": 1e-13}
 Rows = list[dict[str, Any]]  # of a table: cells by the names of their columns
 
 
-def errors(transform: Transform, y: Tensor) -> Tensor | None:
-    """Returns |f(x) - y| / (1 + |x| + |y|) for x = f⁻¹(y), if there is such an x."""
+def errors(transform: Transform, y: Tensor) -> Tensor:
+    """Returns |f(x) - y| / (1 + |x| + |y|) for x = f⁻¹(y): infinity in rows that overflow."""
     with torch.no_grad():
         try:
             x = transform.inv(y)
-        except InversionError:
-            return None
-        return (transform(x) - y).abs() / (1 + x.abs() + y.abs())
+            return (transform(x) - y).abs() / (1 + x.abs() + y.abs())
+        except (InversionError, ValueError):  # for want of an inverse, or of its image
+            if len(y) == 1:
+                return torch.full_like(y, math.inf)
+            return torch.cat([errors(transform, part) for part in y.chunk(2)])
 
 
 def trained(flow: SinusoidalFlow, features: int, steps: int) -> SinusoidalFlow:
-    """Returns a copy of a flow, fitted to the first features of the smallest patches that do."""
+    """Returns a copy of a flow, fitted to the first features of patches that have enough."""
     parts = patches(size=math.isqrt(features) + 1)
     data = Data(*(part[..., :features] for part in parts))
     return fit(f"D = {features}", copy.deepcopy(flow), data, Budget(steps))
 
 
-def round_trips(sizes: Sequence[int], steps: int, n: int) -> Rows:
+def round_trips(sizes: Sequence[int], steps: int, n: int, **options: Any) -> Rows:
     """Part 1: the largest error from n rows of standard normal noise, and how many miss the aim."""
     columns = [*product(COMPOSED_AIM, ("untrained", "trained"))]
     aims = {f"{dtype}, {state}": COMPOSED_AIM[dtype] for dtype, state in columns}
     table: Rows = [{"conditioner": "aim", "blocks": "", "D": "", **aims}]
     for conditioner, blocks, features in product(CONDITIONERS, (1, BLOCKS), sizes):
-        flow = SinusoidalFlow(features, transforms=blocks, **CONDITIONERS[conditioner])
+        flow = SinusoidalFlow(features, transforms=blocks, **CONDITIONERS[conditioner], **options)
         flows = {"untrained": flow, "trained": trained(flow, features, steps)}
         y = torch.randn(n, features)
         row = {"conditioner": conditioner, "blocks": blocks, "D": features}
@@ -74,11 +78,9 @@ def round_trips(sizes: Sequence[int], steps: int, n: int) -> Rows:
             transform = flows[state].to(to)().transform
             if blocks == 1:  # the block alone, without the affine map at the noise end
                 transform = transform.transforms[0]
-            e = errors(transform, y.to(to))
-            if e is not None:
-                missed = (e > COMPOSED_AIM[dtype]).any(dim=-1)
-                e = float(e.max()), int(missed.sum())
-            row[f"{dtype}, {state}"] = e
+            e = errors(transform, y.to(to)).amax(dim=-1)
+            missed = int((~(e <= COMPOSED_AIM[dtype])).sum())
+            row[f"{dtype}, {state}"] = float(e.max()), missed
         table.append(row)
     return table
 
@@ -106,7 +108,7 @@ def newton(n: int) -> Rows:
         with record_inversions() as inversions:
             for row in tqdm(draw(n).to(getattr(torch, dtype)), desc=f"{draw.__name__}, {dtype}"):
                 t = SinusoidalTransform(row[:3], row[3:6], row[6:9], row[9], row[10])
-                worst.append(float(errors(t, row[11])))
+                worst.append(float(errors(t, row[11:])))
         iterations = sorted(i.iterations for i in inversions)
         table.append(
             {
@@ -122,56 +124,51 @@ def newton(n: int) -> Rows:
     return table
 
 
-def passes(features: int, steps: int, batches: int, n: int) -> Rows:
-    """Part 3: how often each number of passes inverts one triangular map for n samples."""
-    counts, failures = {}, {}
-    for name, options in CONDITIONERS.items():
-        flow = trained(SinusoidalFlow(features, transforms=BLOCKS, **options), features, steps)
-        with record_inversions() as inversions:
-            failures[name] = [
-                errors(flow().transform, torch.randn(n, features)) is None
-                for _ in trange(batches, desc=name)
-            ].count(True)
-        counts[name] = Counter(i.iterations for i in inversions if i.problem == "triangular")
+def passes(features: int, steps: int, batches: int, **options: Any) -> Rows:
+    """Part 3: how often each number of passes inverted one triangular map."""
+    counts = {}
+    for name, conditioner in CONDITIONERS.items():
+        flow = SinusoidalFlow(features, transforms=BLOCKS, **conditioner, **options)
+        flow = trained(flow, features, steps)
+        for n in PASSES:
+            with torch.no_grad(), record_inversions() as inversions:
+                for _ in trange(batches, desc=f"{name}, {n} at once"):
+                    flow().sample((n,))
+            passes = [i.iterations for i in inversions if i.problem == "triangular"]
+            counts[f"{name}, {n}"] = Counter(passes)
     seen = sorted(set().union(*counts.values()))
-    return [
-        *({"passes": k} | {name: count[k] for name, count in counts.items()} for k in seen),
-        {"passes": "fails"} | failures,
-    ]
+    return [{"passes": k} | {name: count[k] for name, count in counts.items()} for k in seen]
 
 
 def draw_passes(table: Rows, features: int, path: Path) -> None:
     """Draws the histograms below each other, beside the number of passes that zuko takes."""
-    rows = [row for row in table if row["passes"] != "fails"]
     fig, axes = plt.subplots(
-        len(CONDITIONERS), 1, figsize=(8, 5.5), sharex=True, layout="constrained"
+        len(CONDITIONERS), 1, figsize=(8, 6), sharex=True, sharey=True, layout="constrained"
     )
     for ax, name in zip(axes, CONDITIONERS, strict=True):
-        total = sum(row[name] for row in rows)
-        ax.bar([row["passes"] for row in rows], [100 * row[name] / total for row in rows])
-        ax.axvline(features, color="C3", linestyle="--")
+        for (n, label), shift in zip(PASSES.items(), (-0.2, 0.2), strict=True):
+            count = [row[f"{name}, {n}"] for row in table]
+            ax.bar(
+                [row["passes"] + shift for row in table],
+                [100 * k / sum(count) for k in count],
+                width=0.4,
+                label=f"{n:,} samples at once: {label}",
+            )
+        ax.axvline(
+            features, color="C3", linestyle="--", label=f"one for each of {features} features"
+        )
         ax.set_title(name, loc="left")
         ax.yaxis.set_major_formatter("{x:.0f} %")
-    axes[0].annotate(
-        f"one pass per feature: {features}",
-        (features, 0.5),
-        xycoords=("data", "axes fraction"),
-        xytext=(-8, 0),
-        textcoords="offset points",
-        horizontalalignment="right",
-        color="C3",
-    )
-    axes[-1].set(xlabel="passes through the network of a triangular map", xlim=(0, features + 2))
+    axes[0].legend(loc="center", bbox_to_anchor=(0.55, 0.5))
+    axes[-1].set(xlabel="passes", xlim=(0, features + 2))
     fig.supylabel("share of the inverses")
-    fig.suptitle(f"Few passes settle all {features} features")
+    fig.suptitle("How many passes does it take to invert a triangular map?")
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
 
 def cell(value: Any) -> str:
-    """Formats a number, or an error and how many rows miss the aim."""
-    if value is None:
-        return "fails"
+    """Formats a number, or the largest error and how many rows miss the aim."""
     if isinstance(value, tuple):
         error, missed = value
         return cell(error) + (f" ({missed})" if missed else "")
@@ -186,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
+        "--activation", help="of the networks, such as Tanh (default: that of the flow)"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a run of seconds, whose figures mean nothing"
     )
     args = parser.parse_args(argv)
@@ -195,10 +195,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     pyro.set_rng_seed(args.seed)
+    options = {"activation": getattr(nn, args.activation)} if args.activation else {}
     parts: dict[str, Callable[[], Rows]] = {
-        "Errors of round trips": lambda: round_trips(sizes, steps, rows),
+        "Errors of round trips": lambda: round_trips(sizes, steps, rows, **options),
         "Newton iterations for one sinusoid": lambda: newton(draws),
-        "Inverses of triangular maps, by passes": lambda: passes(features, steps, batches, rows),
+        "Inverses of triangular maps, by passes": lambda: passes(
+            features, steps, batches, **options
+        ),
     }
     tables = {}
     for title, part in parts.items():
