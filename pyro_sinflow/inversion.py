@@ -328,7 +328,7 @@ def _iterate(
     the last pass, though not to be finite.
     """
     largest = _largest(x.dtype)
-    look, least = readable(x), x.new_tensor(aim)
+    look, least = readable(x), x.new_full((), aim)
     for iteration in range(1, limit + 1):
         new = step(x)
         if iteration == limit and exact:

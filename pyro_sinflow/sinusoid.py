@@ -119,45 +119,56 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
 def _features(x: Tensor, a: Tensor, extra: Tensor, space: Tensor | None = None) -> Tensor:
     """Returns P, Q and extra features, stacked.
 
+    Components come first in memory, so that all operations run over contiguous numbers.
+
     Args:
-        x: The numbers, with shape (B, 1, N).
-        a: The frequencies, with shape (B, K, 1).
-        extra: Other features, with shape (B, E, N).
-        space: What :func:`_features` returned for another sinusoid with as many features. It is
-            overwritten: to allocate memory takes longer than to fill it.
+        x: The numbers, with shape (B, N).
+        a: The frequencies, with shape (K, B, 1).
+        extra: Other features, with shape (E, B, N).
+        space: Memory of shape (2K + E, B, N) that is overwritten, or :py:`None`.
 
     Returns:
         The features, with shape (B, 2K + E, N).
     """
-    if space is None or x.shape[-1] < 8:  # short rows are slow to address one by one
+    if space is None:
         t = a * x
         sine, cosine = t.sin(), t.cos()
-        return torch.cat((sine * cosine, sine * sine, extra), dim=1)
-    p, q, more = space.split((a.shape[1], a.shape[1], extra.shape[1]), dim=1)
+        return torch.cat((sine * cosine, sine * sine, extra)).transpose(0, 1)
+    p, q, more = space.split((len(a), len(a), len(extra)))
     torch.mul(a, x, out=q)
     torch.cos(q, out=p)
     q.sin_()
     p.mul_(q)
     q.square_()
     more.copy_(extra)
-    return space
+    return space.transpose(0, 1)
 
 
-def _reuses() -> bool:
-    """Whether memory may be overwritten: neither autograd nor the compiler is looking."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+def _space(x: Tensor, components: int, extra: int = 1) -> Tensor | None:
+    """Allocates what features of x need, unless autograd or the compiler is looking.
+
+    To reuse memory matters: to allocate it takes longer than to fill it.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return x.new_empty(2 * components + extra, *x.shape)
 
 
 class Sinusoid(NamedTuple):
     """One sinusoid: its value and its derivatives are linear in its features P, Q and 1."""
 
-    a: Tensor  # (B, K, 1)
+    a: Tensor  # (K, B, 1)
     linear: Tensor  # the coefficients of value, slope, ..., (B, R, 2K + 1)
 
     def from_features(self, x: Tensor, features: Tensor) -> tuple[Tensor, ...]:
         """Returns value, slope, ..., given the features at x."""
         value, *derivatives = _bmm(self.linear, features).split(1, dim=1)
         return x + value, *derivatives
+
+
+def _leading(a: Tensor) -> Tensor:
+    """Brings the components of frequencies (B, M, K) first, and returns (K, M, B, 1)."""
+    return a.permute(2, 1, 0).unsqueeze(-1)
 
 
 def _bend(a: Tensor, c: Tensor, s: Tensor) -> Tensor:
@@ -172,7 +183,7 @@ def _sinusoids(chain: Chain, bend: bool = False) -> list[Sinusoid]:
     slope = torch.cat((s + s, -2 * c, 1 + c.sum(dim=-1, keepdim=True)), dim=-1)
     rows = (value, slope, _bend(a, c, s)) if bend else (value, slope)
 
-    return [*map(Sinusoid, a.unsqueeze(-1).unbind(1), torch.stack(rows, dim=-2).unbind(1))]
+    return [*map(Sinusoid, _leading(a).unbind(1), torch.stack(rows, dim=-2).unbind(1))]
 
 
 def _evaluate(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -183,13 +194,12 @@ def _evaluate(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         sinusoids, with shape (B, M, N), and the inputs of all but the first, (B, M - 1, N).
     """
     values, slopes = [x.unsqueeze(1)], []
-    one, space = torch.ones_like(values[0]), None
+    one, space = torch.ones_like(x).unsqueeze(0), _space(x, parameters[0].shape[-1])
     for sinusoid in _sinusoids(Chain(*parameters)):
-        features = _features(values[-1], sinusoid.a, one, space)
+        features = _features(values[-1].squeeze(1), sinusoid.a, one, space)
         value, slope = sinusoid.from_features(values[-1], features)
         values.append(value)
         slopes.append(slope)
-        space = features if _reuses() else None
     slope = torch.cat(slopes, dim=1)
     inputs = torch.cat(values[1:-1], dim=1) if len(slopes) > 1 else slope[:, :0].clone()
 
@@ -220,32 +230,29 @@ def _pull(
         slope: The slopes that :func:`_evaluate` returns.
         inputs: The inputs that :func:`_evaluate` returns.
     """
+    b, m, k = a.shape
     x = torch.cat((x.unsqueeze(1), inputs), dim=1)  # of each sinusoid, (B, M, N)
-    m, k = a.shape[1:]
-    bend = _bend(a, c, s)
-    zero = torch.zeros_like(x[:, :1])
-    g = zero if gy is None else gy.unsqueeze(1)
-    gs = None if gl is None else gl.unsqueeze(1) / slope
-    # From the last sinusoid to the first, with all that is of the size of x times K summed over N
-    # as soon as it is there.
-    powers = torch.stack((torch.ones_like(x), x), dim=2)  # (B, M, 2, N)
-    extra = torch.stack((torch.ones_like(x), x.square()), dim=2)
-    moments, space = [], None
+    # All sinusoids at once, as their inputs are known: (B M, 2K + 2, N).
+    flat = x.flatten(0, 1)
+    extra = torch.stack((torch.ones_like(flat), flat.square()))
+    frequency = a.flatten(0, 1).t().unsqueeze(-1)
+    features = _features(flat, frequency, extra, _space(flat, k, 2))
+    if gl is not None:
+        gs = gl.unsqueeze(1) / slope
+        bend = _bend(a, c, s).flatten(0, 1).unsqueeze(1)
+        bent = _bmm(bend, features[:, :-1]).view_as(x) * gs
+    # From the last sinusoid to the first: the cotangent of each one's value.
+    g = torch.zeros_like(x[:, 0]) if gy is None else gy
+    cotangents = []
     for i in reversed(range(m)):
-        at = slice(i, i + 1)
-        features = _features(x[:, at], a[:, i].unsqueeze(-1), extra[:, i], space)
-        rows = powers[:, i] * g
-        g = g * slope[:, at]
-        if gs is not None:
-            rows = torch.cat((rows, powers[:, i] * gs[:, at]), dim=1)
-            g = torch.addcmul(g, gs[:, at], _bmm(bend[:, at], features[:, :-1]))
-        moments.append(_bmm(rows, features.mT))
-        space = features if _reuses() else None
+        cotangents.append(g)
+        g = g * slope[:, i] if gl is None else torch.addcmul(bent[:, i], g, slope[:, i])
+    gv = torch.stack(cotangents[::-1], dim=1)
+    rows = torch.stack((gv, gv * x) if gl is None else (gv, gv * x, gs, gs * x), dim=2)
+    moments = _bmm(rows.flatten(0, 1), features.mT).unflatten(0, (b, m))
 
     # Sums over N of P, Q, 1 and x^2, times cotangents, times 1 or x; (B, M, K) or (B, M, 1).
-    p, q, one, square = (
-        t.unbind(dim=2) for t in torch.stack(moments[::-1], dim=1).split((k, k, 1, 1), dim=-1)
-    )
+    p, q, one, square = (t.unbind(dim=2) for t in moments.split((k, k, 1, 1), dim=-1))
     # The derivative of P / a by a is (x (1 - 2Q) - P / a) / a, a difference of nearly equal numbers
     # where ax is small: there, it is the first term of its series.
     reach = x.detach().abs().amax(dim=-1, keepdim=True) if x.numel() else one[0]
@@ -256,12 +263,12 @@ def _pull(
         (one[1] - 2 * q[1] - gc) / a,
     )
     ga = c * p_a + s * (2 * p[1] - gs_) / a
-    if gs is not None:
+    if gl is not None:
         ga = ga + 2 * s * (one[3] - 2 * q[3]) - 4 * c * p[3]
         gc = gc + one[2] - 2 * q[2]
         gs_ = gs_ + 2 * p[2]
 
-    return g.squeeze(1), ga, gc, gs_, one[0].squeeze(-1)
+    return g, ga, gc, gs_, one[0].squeeze(-1)
 
 
 def _by_rows(
@@ -294,7 +301,7 @@ def _push(
     for m, sinusoid in enumerate(_sinusoids(chain)):
         am, cm, sm, dam, dcm, dsm = (t[:, m].unsqueeze(-1) for t in (a, c, s, da, dc, ds))
         along = x.unsqueeze(1)
-        features = _features(along, am, torch.ones_like(along))
+        features = _features(x, sinusoid.a, torch.ones_like(x).unsqueeze(0))
         p, q, one = features.split((am.shape[1], am.shape[1], 1), dim=1)
         y, slope = (t.squeeze(1) for t in sinusoid.from_features(along, features))
         cosine = one - 2 * q
@@ -343,7 +350,8 @@ class _Forward(Function):
         x, a, c, s, d, slope, inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # the derivative will itself be differentiated
             slope, inputs = _evaluate(x, a, c, s, d)[2:]
-        return _by_rows(_pull, a.shape[-1] * x.shape[-1], gy, gl, x, a, c, s, d, slope, inputs)
+        size = a[0].numel() * x.shape[-1]
+        return _by_rows(_pull, size, gy, gl, x, a, c, s, d, slope, inputs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -362,10 +370,10 @@ class _Equation:
     """A sinusoid to be inverted, with shape (B, 1, N)."""
 
     def __init__(
-        self, sinusoid: Sinusoid, amplitude: Tensor, shift: Tensor, space: Tensor | None = None
+        self, sinusoid: Sinusoid, amplitude: Tensor, shift: Tensor, space: Tensor | None
     ) -> None:
         self.sinusoid = sinusoid
-        self.amplitude = amplitude  # of each component of the slope, (B, K, 1)
+        self.amplitude = amplitude  # of each component of the slope, (K, B, 1)
         self.shift = shift  # (B, 1, 1)
         self.space = space
 
@@ -374,25 +382,27 @@ class _Equation:
         """Bounds of the magnitudes of second and third derivative, with shape (B, 1, 1)."""
         second = 2 * self.sinusoid.a * self.amplitude
         third = 2 * self.sinusoid.a * second
-        return second.sum(dim=1, keepdim=True), third.sum(dim=1, keepdim=True)
+        return second.sum(dim=0).unsqueeze(1), third.sum(dim=0).unsqueeze(1)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns value, slope and second derivative."""
-        features = _features(x, self.sinusoid.a, torch.ones_like(x), self.space)
-        self.space = features if _reuses() else None
+        one = torch.ones_like(x).transpose(0, 1)
+        features = _features(x.squeeze(1), self.sinusoid.a, one, self.space)
         value, slope, bend = self.sinusoid.from_features(x, features)
         return value, slope, bend
 
     def take(self, rows: Tensor) -> _Equation:
         """Returns the equations of some rows."""
         a, linear = self.sinusoid
-        return _Equation(Sinusoid(a[rows], linear[rows]), self.amplitude[rows], self.shift[rows])
+        sinusoid = Sinusoid(a[:, rows], linear[rows])
+        space = _space(rows.unsqueeze(1).to(a.dtype), len(a))
+        return _Equation(sinusoid, self.amplitude[:, rows], self.shift[rows], space)
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Returns bounds of the root, from the bounds of slope and residual term."""
         info = torch.finfo(y.dtype)
-        size = self.amplitude.sum(dim=1, keepdim=True)  # |alpha|
-        reach = (self.amplitude / self.sinusoid.a).sum(dim=1, keepdim=True)
+        size = self.amplitude.sum(dim=0).unsqueeze(1)  # |alpha|
+        reach = (self.amplitude / self.sinusoid.a).sum(dim=0).unsqueeze(1)
         # f(0) = d and f' is in [1 - |alpha|, 1 + |alpha|]: x is between z / (1 + |alpha|) and this.
         z = y - self.shift
         far = z / (1 - size).clamp_min(info.tiny)
@@ -408,13 +418,12 @@ class _Equation:
 def _solve(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
     """Inverts the sinusoids of a chain, the last first, and returns their roots."""
     amplitude = torch.hypot(chain.c, chain.s) * (1 + 4 * torch.finfo(y.dtype).eps)
-    shift = chain.d.unsqueeze(-1)
-    roots, space = [Root(y.unsqueeze(1), 0, y)], None
+    amplitude, shift = _leading(amplitude), chain.d.unsqueeze(-1)
+    roots, space = [Root(y.unsqueeze(1), 0, y)], _space(y, chain.a.shape[-1])
     for m, sinusoid in reversed([*enumerate(_sinusoids(chain, bend=True))]):
         y, d = roots[-1].x, shift[:, m : m + 1]
-        equation = _Equation(sinusoid, amplitude[:, m].unsqueeze(-1), d, space)
+        equation = _Equation(sinusoid, amplitude[:, m], d, space)
         roots.append(solve_bracketed(equation, y, y - d, solver))
-        space = equation.space
     return roots[1:]
 
 
@@ -466,7 +475,9 @@ def evaluate(x: Tensor, chain: Chain) -> tuple[Tensor, Tensor]:
         chain: The parameters, with batch shape :math:`(*)`; they broadcast.
     """
     x, chain, shape = _align(x, chain)
-    y, ladj, *_ = _Forward.apply(x, *chain)
+    # The compiler knows no jvp, and fuses what autograd records.
+    function = _evaluate if torch.compiler.is_compiling() else _Forward.apply
+    y, ladj, *_ = function(x, *chain)
     return _restore(y, shape), _restore(ladj, shape)
 
 
@@ -479,4 +490,11 @@ def invert(y: Tensor, chain: Chain, solver: Solver) -> Tensor:
         solver: Method, tolerance and number of iterations.
     """
     y, chain, shape = _align(y, chain)
-    return _restore(_Inverse.apply(solver, y, *chain), shape)
+    if not torch.compiler.is_compiling():
+        return _restore(_Inverse.apply(solver, y, *chain), shape)
+    x = _Inverse.forward(solver, y.detach(), *(p.detach() for p in chain))
+    if torch.is_grad_enabled():
+        # A step of Newton's method, whose derivative is that of the root.
+        value, ladj, *_ = _evaluate(x, *chain)
+        x = x - (value - y) * (-ladj).exp().detach()
+    return _restore(x, shape)

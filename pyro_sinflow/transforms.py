@@ -131,6 +131,9 @@ class SinusoidalTransform(Bijection):
     @property
     def batch_shape(self) -> Size:  # type: ignore[override]
         """The shape that the parameters broadcast to, without the components."""
+        return self._common_shape()
+
+    def _common_shape(self) -> Size:
         *vectors, residual, shift = self._tensors()
         return broadcast(*(t.shape[:-1] for t in vectors), residual.shape, shift.shape)
 
@@ -203,7 +206,7 @@ class SinusoidalChain(SinusoidalTransform):
     @property
     def batch_shape(self) -> Size:  # type: ignore[override]
         """The shape that the parameters broadcast to, without sinusoids and components."""
-        return super().batch_shape[:-1]
+        return self._common_shape()[:-1]
 
     def __repr__(self) -> str:
         *_, m, k = self.frequency.shape

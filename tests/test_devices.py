@@ -38,10 +38,10 @@ BRIEF = Solver(max_iter=3)  # where nothing can be read, an inverse runs to its 
 def gpu():
     """The name of a device for fake tensors.
 
-    Without CUDA in the build, autograd of fake CUDA tensors fails. A backend that is no more than
+    Without a CUDA device, autograd of fake CUDA tensors fails. A backend that is no more than
     its name does as well: fake tensors that meet on different devices raise an error.
     """
-    if torch.backends.cuda.is_built():
+    if torch.cuda.is_available():
         return "cuda"
     _setup_privateuseone_for_python_backend("fakegpu")
     return "fakegpu"
