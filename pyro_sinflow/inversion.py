@@ -83,11 +83,20 @@ class Solver:
 
 
 class Inversion(NamedTuple):
-    """One run of a solver."""
+    """One run of a solver.
 
-    problem: str  # "sinusoid", "triangular" or "adjoint"
+    Args:
+        problem: ``"sinusoid"``, ``"triangular"`` or ``"adjoint"``.
+        iterations: For a chain of sinusoids, the most that any element of any of them took. For a
+            triangular map, the passes through its network; where features are settled block by
+            block (see :mod:`pyro_sinflow.substitution`), the most passes that a block took, each
+            of which costs no more than the block's share of the network.
+        elements: The size of the solution, batch included.
+    """
+
+    problem: str
     iterations: int
-    elements: int  # of the solution, batch included
+    elements: int
 
 
 _trace: ContextVar[list[Inversion] | None] = ContextVar("inversions", default=None)
@@ -117,6 +126,8 @@ def record_inversions() -> Iterator[list[Inversion]]:
 
 
 def _record(problem: str, iterations: int, elements: int) -> None:
+    if torch.compiler.is_compiling():
+        return
     records = _trace.get()
     if records is not None:
         records.append(Inversion(problem, iterations, elements))

@@ -492,7 +492,8 @@ def invert(y: Tensor, chain: Chain, solver: Solver) -> Tensor:
     y, chain, shape = _align(y, chain)
     if not torch.compiler.is_compiling():
         return _restore(_Inverse.apply(solver, y, *chain), shape)
-    x = _Inverse.forward(solver, y.detach(), *(p.detach() for p in chain))
+    roots = _solve(solver, y.detach(), Chain(*(p.detach() for p in chain)))
+    x = roots[-1].x.squeeze(1)
     if torch.is_grad_enabled():
         # A step of Newton's method, whose derivative is that of the root.
         value, ladj, *_ = _evaluate(x, *chain)

@@ -24,7 +24,7 @@ from zuko.utils import unpack
 from ._checks import autocasting
 from .inversion import Solver, solve_blocks
 
-_SIZE = 16  # parameters in a block of features, of which there are at least two
+_SIZE = 16  # parameters in a block of features, unless a single feature has more
 _LEAST = 2048  # numbers in a batch, below which a few passes through the whole network are faster
 
 
@@ -96,7 +96,7 @@ class Stages:
         for mask in masks[1:]:
             reach = (mask @ reach).sign()
         outputs = len(reach) // features
-        size = max(_SIZE // outputs, 2) if size is None else size
+        size = max(_SIZE // outputs, 1) if size is None else size
         needs = reach[:, :features].unflatten(0, (features, -1)).any(dim=1)
         # The level of a feature: the length of the longest chain of features that it depends on.
         level = torch.zeros(features, dtype=torch.long, device=device)
