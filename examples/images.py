@@ -155,10 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "passes": max(passes),
         }
 
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.6), layout="constrained")
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.8), layout="constrained")
     for ax, (name, x) in zip(axes, panels.items(), strict=True):
-        ax.imshow(sheet(brightness(x) / preset.levels), cmap="gray")
-        ax.set_title(f"{name}\n{results[name]['bits']:.2f} bits" if name in results else name)
+        ax.imshow(sheet(brightness(x) / preset.levels), cmap="gray", interpolation="nearest")
+        ax.set_title(f"{name}: {results[name]['bits']:.2f} bits" if name in results else name)
         ax.axis("off")
     fig.savefig(args.out / f"{args.data}.png", dpi=100)
     plt.close(fig)
