@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributions import Transform
 
-from ._checks import check_choice, check_instance, check_real, check_size, readable
+from ._checks import autocasting, check_choice, check_instance, check_real, check_size, readable
 
 
 class InversionError(RuntimeError):
@@ -502,9 +502,14 @@ def invert_triangular(
         return solve_triangular(function, y, solver, passes)
     wanted = [p for p in phi if p.requires_grad]
     if torch.is_grad_enabled() and (y.requires_grad or wanted):
-        return _TriangularInverse.apply(_Problem(function, solver, passes), y, *wanted)
-    with torch.no_grad():
-        return solve_triangular(function, y, solver, passes)
+        x = _TriangularInverse.apply(_Problem(function, solver, passes), y, *wanted)
+    else:
+        with torch.no_grad():
+            x = solve_triangular(function, y, solver, passes)
+    if autocasting(y):
+        # Before some version of torch, weights that autocast has cast without a gradient stay so.
+        torch.clear_autocast_cache()
+    return x
 
 
 class _Problem(NamedTuple):

@@ -17,6 +17,26 @@ M = TypeVar("M", bound=nn.Module)
 FLOAT = {torch.float32: 5e-6, torch.float64: 1e-13}
 
 
+def _fake_gpu() -> str | None:
+    """Returns the name of a device for fake tensors.
+
+    Without a CUDA device, autograd of fake CUDA tensors fails. A backend that is no more than its
+    name does as well: fake tensors that meet on different devices raise an error.
+    """
+    if torch.cuda.is_available():
+        return "cuda"
+    register = getattr(
+        torch.utils.backend_registration, "_setup_privateuseone_for_python_backend", None
+    )
+    if register is None:
+        return None
+    register("fakegpu")
+    return "fakegpu"
+
+
+FAKE_GPU = _fake_gpu()  # at once: autograd counts the devices at the first backward pass
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     pyro.set_rng_seed(0)

@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 import zuko
-from conftest import perturb
+from conftest import FAKE_GPU, perturb
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -33,20 +33,12 @@ FLOWS = {
 BRIEF = Solver(max_iter=3)  # where nothing can be read, an inverse runs to its limit
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def gpu():
-    """The name of a device for fake tensors.
-
-    Without a CUDA device, autograd of fake CUDA tensors fails. A backend that is no more than
-    its name does as well: fake tensors that meet on different devices raise an error.
-    """
-    if torch.cuda.is_available():
-        return "cuda"
-    registration = torch.utils.backend_registration
-    if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
+    """The name of a device for fake tensors."""
+    if FAKE_GPU is None:
         pytest.skip("this version of torch knows no backend that is no more than its name")
-    registration._setup_privateuseone_for_python_backend("fakegpu")
-    return "fakegpu"
+    return FAKE_GPU
 
 
 def move(module):
