@@ -134,8 +134,9 @@ def passes(features: int, steps: int, batches: int, **options: Any) -> Rows:
             with torch.no_grad(), record_inversions() as inversions:
                 for _ in trange(batches, desc=f"{name}, {n} at once"):
                     flow().sample((n,))
-            passes = [i.iterations for i in inversions if i.problem == "triangular"]
-            counts[f"{name}, {n}"] = Counter(passes)
+            counts[f"{name}, {n}"] = Counter(
+                i.iterations for i in inversions if i.problem == "triangular"
+            )
     seen = sorted(set().union(*counts.values()))
     return [{"passes": k} | {name: count[k] for name, count in counts.items()} for k in seen]
 
@@ -155,7 +156,10 @@ def draw_passes(table: Rows, features: int, path: Path) -> None:
                 label=f"{n:,} samples at once: {label}",
             )
         ax.axvline(
-            features, color="C3", linestyle="--", label=f"one for each of {features} features"
+            features,
+            color="C3",
+            linestyle="--",
+            label=f"one for each of {features} features, as in zuko",
         )
         ax.set_title(name, loc="left")
         ax.yaxis.set_major_formatter("{x:.0f} %")
