@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs clean bench
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --out out
@@ -16,6 +16,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	mkdir -p out
+	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' --quiet --benchmark-json=out/benchmarks.json
+	$(BIN)/python tests/benchmarks/table.py out/benchmarks.json
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'

@@ -219,7 +219,10 @@ def densities(steps: int, out: Path) -> Path:
         "SinusoidalFlow, autoregressive": lambda: SinusoidalFlow(
             features, transforms=3, conditioner="autoregressive", **options
         ),
-        "SinusoidalFlow, LDU blocks": lambda: SinusoidalFlow(features, transforms=3, **options),
+        "SinusoidalFlow, scale": lambda: SinusoidalFlow(
+            features, transforms=3, scale=True, **options
+        ),
+        "SinusoidalFlow, shift": lambda: SinusoidalFlow(features, transforms=3, **options),
         "NSF": lambda: zuko.flows.NSF(features, transforms=3, **options),
         "MAF": lambda: zuko.flows.MAF(features, transforms=6, **options),
     }

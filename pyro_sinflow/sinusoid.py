@@ -35,7 +35,7 @@ from torch.autograd import Function
 from ._checks import autocasting, broadcast
 from .inversion import Root, Solver, report, solve_bracketed
 
-_BLOCK = 2**17
+_BLOCK = 2**20
 
 
 class Chain(NamedTuple):
@@ -276,8 +276,7 @@ def _by_rows(
 ) -> tuple[Tensor, ...]:
     """Applies a function to blocks of rows.
 
-    The temporaries of a block, of ``size`` elements a row, stay in the cache, and small enough that
-    the allocator keeps their memory: with large ones, it is the allocation that takes the time.
+    This bounds the memory of the temporaries, of ``size`` elements a row.
     """
     block = max(_BLOCK // max(size, 1), 1)
     rows = next(len(arg) for arg in args if arg is not None)

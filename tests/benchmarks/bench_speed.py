@@ -1,0 +1,287 @@
+"""How fast, as ratios within one run; `make bench` runs this and prints the table.
+
+The first benchmark of each group is the unit of the others.
+"""
+
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import chain, pairwise
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import zuko
+from pyro.distributions.transforms import block_autoregressive, iterated, spline_autoregressive
+from pyro.infer.autoguide import AutoIAFNormal, AutoNormalizingFlow
+from torch import nn
+
+from pyro_sinflow import SinusoidalFlow, Solver, fast_inverse, ldu
+from pyro_sinflow.sinusoid import constrain, evaluate
+from pyro_sinflow.transforms import SinusoidalChain
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+from data import patches  # noqa: E402
+from training import Budget, fit  # noqa: E402
+
+D, BLOCKS, SINUSOIDS, K = 63, 12, 4, 4
+NETWORK = {"hidden_features": (256, 256)}
+
+
+def naive_chain(x, frequency, phase, weight, residual, shift, slope=1e-3):
+    """Eq. 13 and 15 as they are written, one autograd node for each operation."""
+    a, w = nn.functional.softplus(frequency), weight.softmax(dim=-1)
+    alpha = (1 - slope) * residual.tanh()
+    total = 0.0
+    for m in range(frequency.shape[-2]):
+        t = a[..., m, :] * x.unsqueeze(-1)
+        wave = (t + 2 * phase[..., m, :]).cos() * t.sin() / a[..., m, :]
+        bend = (2 * t + 2 * phase[..., m, :]).cos()
+        x = x + shift[..., m] - alpha[..., m] * (w[..., m, :] * wave).sum(dim=-1)
+        total = total + (1 - alpha[..., m] * (w[..., m, :] * bend).sum(dim=-1)).log()
+    return x, total
+
+
+def measure(benchmark, group, function, rounds=15):
+    benchmark.group = group
+    benchmark.pedantic(function, rounds=rounds, warmup_rounds=2)
+
+
+def training_step(parameters, loss):
+    def step():
+        for p in parameters:
+            p.grad = None
+        loss().backward()
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def paper_flow():
+    torch.manual_seed(0)
+    flow = SinusoidalFlow(D, transforms=BLOCKS, sinusoids=SINUSOIDS, components=K, **NETWORK)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return flow, torch.randn(128, D)
+
+
+def floors(benchmark, step, floor):
+    """Notes how many floors a step takes, measured by turns: the machine changes its pace."""
+    times = {step: [], floor: []}
+    for _ in range(20):
+        for function, seen in times.items():
+            start = time.perf_counter()
+            function()
+            seen.append(time.perf_counter() - start)
+    benchmark.extra_info["floors"] = min(times[step]) / min(times[floor])
+
+
+class TestTrainingStep:
+    group = "Training step, D = 63, 12 LDU blocks, batch 128"
+
+    @pytest.fixture(scope="class")
+    def floor(self, paper_flow):
+        widths = [D, *NETWORK["hidden_features"]]
+        mlps = []
+        for _ in range(2 * BLOCKS):
+            layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in pairwise(widths)]
+            mlps.append(nn.Sequential(*chain(*layers), nn.Linear(widths[-1], D)))
+
+        def loss():
+            h = paper_flow[1]
+            for mlp in mlps:
+                h = h + mlp(h)
+            return h.square().mean()
+
+        return training_step([p for mlp in mlps for p in mlp.parameters()], loss)
+
+    def test_floor_24_plain_mlps(self, benchmark, floor):
+        measure(benchmark, self.group, floor)
+
+    def test_eager(self, benchmark, paper_flow, floor):
+        flow, x = paper_flow
+        step = training_step([*flow.parameters()], lambda: -flow().log_prob(x).mean())
+        measure(benchmark, self.group, step)
+        floors(benchmark, step, floor)
+
+    def test_compiled(self, benchmark, paper_flow, floor):
+        flow, x = paper_flow
+        with torch._dynamo.config.patch(rewrite_assert_with_torch_assert=False):
+            loss = torch.compile(lambda: -flow().log_prob(x).mean(), fullgraph=True)
+            step = training_step([*flow.parameters()], loss)
+            step()
+            measure(benchmark, self.group, step)
+            floors(benchmark, step, floor)
+
+    def test_naive_sinusoids(self, benchmark, paper_flow, floor, monkeypatch):
+        flow, x = paper_flow
+        monkeypatch.setattr(
+            SinusoidalChain, "_call_and_ladj", lambda self, x: naive_chain(x, *self._tensors())
+        )
+        step = training_step([*flow.parameters()], lambda: -flow().log_prob(x).mean())
+        measure(benchmark, self.group, step)
+        floors(benchmark, step, floor)
+
+
+@pytest.mark.parametrize("n", [128, 4096])
+@pytest.mark.parametrize("which", ["naive", "ours"])
+def test_four_sinusoids(benchmark, which, n):
+    shapes = [(D, SINUSOIDS, K)] * 3 + [(D, SINUSOIDS)] * 2
+    parameters = [torch.randn(s).mul(0.5).requires_grad_() for s in shapes]
+    x = torch.randn(n, D, requires_grad=True)
+
+    def loss():
+        if which == "naive":
+            y, ladj = naive_chain(x, *parameters)
+        else:
+            y, ladj = evaluate(x, constrain(*parameters, slope=1e-3))
+        return y.sum() + ladj.sum()
+
+    measure(
+        benchmark,
+        f"A chain of four sinusoids at ({n}, 63), forward and backward",
+        training_step([x, *parameters], loss),
+        rounds=50 if n == 128 else 10,
+    )
+
+
+FLOWS = {
+    "LDU": lambda: SinusoidalFlow(D, transforms=12, **NETWORK),
+    "scale": lambda: SinusoidalFlow(D, transforms=12, scale=True, **NETWORK),
+    "autoregressive": lambda: SinusoidalFlow(
+        D, transforms=5, conditioner="autoregressive", **NETWORK
+    ),
+    "MAF": lambda: zuko.flows.MAF(D, transforms=10, **NETWORK),
+    "NSF": lambda: zuko.flows.NSF(D, transforms=5, **NETWORK),
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return patches()
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    """Returns a trained flow by its name; what has been trained once is read from out/bench."""
+    folder = ROOT / "out" / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def get(name):
+        torch.manual_seed(0)
+        flow, budget = FLOWS[name](), Budget(steps=300, lr=1e-3)
+        return fit(name, flow, data, budget, folder / f"{name}.pt")
+
+    return get
+
+
+def invert(flow, z):
+    with torch.no_grad():
+        return flow().transform.inv(z)
+
+
+@pytest.mark.parametrize("way", ["log-density", "samples", "samples by Algorithm 1"])
+@pytest.mark.parametrize("name", ["LDU", "scale", "autoregressive"])
+@pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
+def test_sampling(benchmark, trained, data, name, way):
+    if way == "samples by Algorithm 1" and name != "LDU":
+        pytest.skip("the paper's algorithm, for the paper's block")
+    flow, z = trained(name), torch.randn(1000, D)
+    function = partial(invert, flow, z)
+    if way == "log-density":
+        function = torch.no_grad()(lambda: flow().log_prob(data.test[:1000]))
+    elif way == "samples by Algorithm 1":
+        for module in flow.modules():
+            if hasattr(module, "solver"):
+                module.solver = Solver("banach", max_iter=100)
+            if hasattr(module, "build"):
+                module.build = partial(SinusoidalChain, solver=Solver("banach", max_iter=100))
+    report_residual(benchmark, flow, z, way)
+    measure(benchmark, f"1,000 {name} samples", function, rounds=3 if "Algorithm" in way else 8)
+
+
+@pytest.mark.parametrize("way", ["log-density", "samples by fast_inverse", "samples by zuko"])
+@pytest.mark.parametrize("name", ["MAF", "NSF"])
+@pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
+def test_sampling_zukos_flows(benchmark, trained, data, name, way):
+    flow, z = trained(name), torch.randn(1000, D)
+    flow = fast_inverse(flow) if way == "samples by fast_inverse" else flow
+    function = partial(invert, flow, z)
+    if way == "log-density":
+        function = torch.no_grad()(lambda: flow().log_prob(data.test[:1000]))
+    report_residual(benchmark, flow, z, way)
+    measure(benchmark, f"1,000 {name} samples", function, rounds=5)
+
+
+def report_residual(benchmark, flow, z, way):
+    """Notes the residual of the median sample: the tails are the business of docs/accuracy.md."""
+    if way != "log-density":
+        with torch.no_grad():
+            error = (flow().transform(invert(flow, z)) - z).abs() / (1 + z.abs())
+        benchmark.extra_info["residual"] = float(error.amax(dim=1).median())
+
+
+@pytest.mark.parametrize("way", ["sample", "rsample and backward"])
+@pytest.mark.parametrize("name", ["LDU", "scale", "autoregressive"])
+@pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
+def test_gradient_of_samples(benchmark, trained, name, way):
+    flow, z = trained(name), torch.randn(1000, D)
+    step = training_step([*flow.parameters()], lambda: flow().transform.inv(z).square().mean())
+    function = step if way != "sample" else partial(invert, flow, z)
+    measure(benchmark, f"Gradient of 1,000 {name} samples", function, rounds=4)
+
+
+def hierarchical():
+    """A regression in eight groups, 20 latent variables."""
+    torch.manual_seed(0)
+    x, truth = torch.randn(8, 30), torch.randn(8, 1)
+    y = truth * x + 0.3 * torch.randn(8, 30)
+
+    def model():
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        w = pyro.sample("w", dist.Normal(loc.expand(8, 2), scale).to_event(2))
+        pyro.sample("y", dist.Normal(w[:, :1] * x + w[:, 1:], 0.3).to_event(2), obs=y)
+
+    return model
+
+
+GUIDES = {
+    "LDU": lambda m: AutoNormalizingFlow(
+        m, partial(iterated, 2, ldu, scale=True, hidden_features=(40,))
+    ),
+    "AutoIAFNormal": lambda m: AutoIAFNormal(m, hidden_dim=[40, 40], num_transforms=2),
+    "spline_autoregressive": lambda m: AutoNormalizingFlow(
+        m, partial(iterated, 2, spline_autoregressive, hidden_dims=[40])
+    ),
+    "block_autoregressive": lambda m: AutoNormalizingFlow(
+        m, partial(iterated, 1, block_autoregressive, hidden_factors=[4])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.filterwarnings("ignore")
+def test_guide(benchmark, name):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    model = hierarchical()
+    guide = GUIDES[name](model)
+    optimiser = pyro.optim.ClippedAdam({"lr": 5e-3})
+    svi = pyro.infer.SVI(model, guide, optimiser, pyro.infer.Trace_ELBO())
+    for _ in range(1000):
+        svi.step()
+    benchmark.extra_info["ELBO"] = -sum(svi.evaluate_loss() for _ in range(200)) / 200
+    benchmark.extra_info["parameters"] = sum(p.numel() for p in guide.parameters())
+    measure(benchmark, "SVI step of a guide, and its ELBO after 1,000", svi.step, rounds=30)
+
+
+@pytest.mark.parametrize("package", ["pyro, zuko", "pyro, zuko, pyro_sinflow"])
+def test_import(benchmark, package):
+    command = [sys.executable, "-c", f"import {package}"]
+    measure(benchmark, "Import", lambda: subprocess.run(command, check=True), rounds=7)
