@@ -3,8 +3,8 @@ r"""Solvers that invert monotone and triangular maps, and their implicit derivat
 There are two problems, each with a guarantee:
 
 * an element-wise increasing function with known bounds of its root
-  (:func:`solve_bracketed`): Newton's method, and bisection wherever Newton's step leaves the
-  bracket or fails to halve the residual;
+  (:func:`solve_bracketed`): Halley's method, then for the few that it leaves Newton's, and
+  bisection wherever Newton's step leaves the bracket or fails to halve the residual;
 * a triangular map :math:`y_i = \tau(x_i; h_i(x_{<i}))` (:func:`invert_triangular`): the iteration
   :math:`x \leftarrow \tau^{-1}(y; h(x))` settles at least one more feature in each pass, whatever
   the map, so that it is exact after as many passes as there are features. It usually reaches
@@ -517,10 +517,23 @@ class _Problem(NamedTuple):
     solver: Solver
     passes: int | None
 
-    def settle(self, step: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-        # A linear system is solved to round-off, whatever the user's tolerance for samples.
+    def solve(self, product: Callable[[Tensor], Tensor], diagonal: Tensor, g: Tensor) -> Tensor:
+        """Solves a linear system for v, of which the diagonal and the other products are given."""
         event_dim = self.function.event_dim
-        return _settle(step, start, event_dim, Solver(), "adjoint", self.passes)
+        # Tolerances are relative to 1, and the mean over a batch makes gradients small: each event
+        # is solved in units of its largest number. Where this is zero or not finite, so is v.
+        unit = g.abs().flatten(g.ndim - event_dim).amax(dim=-1)[(...,) + event_dim * (None,)]
+        g = (g / unit).nan_to_num(0.0)
+        # To round-off, whatever the user's tolerance for samples.
+        v = _settle(
+            lambda v: (g - product(v)) / diagonal,
+            g / diagonal,
+            event_dim,
+            Solver(),
+            "adjoint",
+            self.passes,
+        )
+        return unit * v
 
 
 class _Gate(Function):
@@ -561,7 +574,7 @@ def _pull(y: Tensor, leaf: Tensor, v: Tensor, create_graph: bool = False) -> Ten
 def _solve_adjoint(problem: _Problem, x: Tensor, g: Tensor) -> Tensor:
     """Solves J^T v = g, for the Jacobian J at x."""
     y, leaf, diagonal = _split_jacobian(problem.function, x)
-    return problem.settle(lambda v: (g - _pull(y, leaf, v)) / diagonal, g / diagonal)
+    return problem.solve(lambda v: _pull(y, leaf, v), diagonal, g)
 
 
 class _TriangularInverse(Function):
@@ -626,7 +639,7 @@ class _TriangularAdjoint(Function):
             y, leaf, diagonal = _split_jacobian(function, x)
             z = torch.zeros_like(v).requires_grad_()
             pulled = _pull(y, leaf, z, create_graph=True)
-            u = ctx.problem.settle(lambda u: (w - _pull(pulled, z, u)) / diagonal, w / diagonal)
+            u = ctx.problem.solve(lambda u: _pull(pulled, z, u), diagonal, w)
             # The remaining gradients are those of -<v, J(x) u>, at constant u and v.
             leaf = x.detach().requires_grad_()
             (pulled,) = torch.autograd.grad(function.value(leaf), leaf, v, create_graph=True)

@@ -118,6 +118,28 @@ def test_gradients_agree_with_those_of_zukos_unrolled_passes():
         assert torch.allclose(a, b, atol=1e-10)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-200, 1e12])
+def test_gradient_of_samples_is_as_exact_for_any_loss(size):
+    t, y = block(scale=True), torch.randn(20, 3)
+    leaf = y.clone().requires_grad_()
+    c = torch.randn(2)
+
+    def gradient(scale):
+        loss = scale * t(c).inv(leaf).sin().sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [leaf, *t.parameters()])])
+
+    assert torch.allclose(gradient(size) / size, gradient(1.0), rtol=1e-11, atol=1e-13)
+
+
+def test_gradient_that_is_not_finite_stays_with_its_event():
+    t, y = block(), torch.randn(4, 3, requires_grad=True)
+    (one,) = torch.autograd.grad(t(torch.zeros(2)).inv(y), y, torch.tensor([[1.0, 2, 3]] * 4))
+    g = torch.tensor([[1.0, 2, 3]] * 3 + [[torch.inf, 0, 0]])
+    (two,) = torch.autograd.grad(t(torch.zeros(2)).inv(y), y, g)
+    assert torch.equal(one[:3], two[:3])
+    assert two[3].isnan().all()
+
+
 def test_memory_does_not_grow_with_passes():
     def saved_bytes(passes):
         size = 12
