@@ -571,10 +571,10 @@ def _pull(y: Tensor, leaf: Tensor, v: Tensor, create_graph: bool = False) -> Ten
     return product
 
 
-def _solve_adjoint(problem: _Problem, x: Tensor, g: Tensor) -> Tensor:
-    """Solves J^T v = g, for the Jacobian J at x."""
+def _solve_adjoint(problem: _Problem, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns v, which solves J^T v = g for the Jacobian J at x, and the map's value at x."""
     y, leaf, diagonal = _split_jacobian(problem.function, x)
-    return problem.solve(lambda v: _pull(y, leaf, v), diagonal, g)
+    return problem.solve(lambda v: _pull(y, leaf, v), diagonal, g), y
 
 
 class _TriangularInverse(Function):
@@ -596,19 +596,16 @@ class _TriangularInverse(Function):
             return (None, None, *[None for _ in phi])
         create_graph = torch.is_grad_enabled()
         with torch.autocast(**ctx.autocast):
+            # For the gradient of phi, x is a constant, lest it run through this very node again; for
+            # the derivative of the result it is a variable.
+            gate = [False]
             if create_graph:
                 v = _TriangularAdjoint.apply(ctx.problem, ctx.autocast, g, x, *phi)
+                y = ctx.problem.function.value(_Gate.apply(x, gate))
             else:
-                v = _solve_adjoint(ctx.problem, x, g)
-            if not phi:
-                return None, v
-            # For this derivative x is a constant, lest the gradient of phi run through this very
-            # node again; for the derivative of the result it is a variable.
-            gate = [False]
-            with torch.enable_grad():
-                y = ctx.problem.function.value(_Gate.apply(x, gate) if create_graph else x.detach())
+                v, y = _solve_adjoint(ctx.problem, x, g)
             grads: Sequence[Tensor | None] = [None for _ in phi]
-            if y.requires_grad:
+            if phi and y.requires_grad:
                 grads = torch.autograd.grad(
                     y, phi, -v, create_graph=create_graph, allow_unused=True
                 )
@@ -623,7 +620,7 @@ class _TriangularAdjoint(Function):
     def forward(
         ctx: Any, problem: _Problem, autocast: dict[str, Any], g: Tensor, x: Tensor, *phi: Tensor
     ) -> Tensor:
-        v = _solve_adjoint(problem, x, g)
+        v, _ = _solve_adjoint(problem, x, g)
         ctx.problem, ctx.autocast = problem, autocast
         ctx.save_for_backward(v, x, *phi)
         return v
