@@ -596,8 +596,8 @@ class _TriangularInverse(Function):
             return (None, None, *[None for _ in phi])
         create_graph = torch.is_grad_enabled()
         with torch.autocast(**ctx.autocast):
-            # For the gradient of phi, x is a constant, lest it run through this very node again; for
-            # the derivative of the result it is a variable.
+            # For the gradient of phi, x is a constant, lest it run through this very node again;
+            # for the derivative of the result it is a variable.
             gate = [False]
             if create_graph:
                 v = _TriangularAdjoint.apply(ctx.problem, ctx.autocast, g, x, *phi)
