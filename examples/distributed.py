@@ -1,0 +1,138 @@
+"""Training and sampling in several processes, on one machine or more.
+
+Run it by torchrun, which starts the processes, and starts all anew when one fails:
+
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/distributed.py --out out
+
+Each process takes its share of every batch, and the gradients are averaged: the flow is the one
+that a single process would fit, whatever their number. After a restart, training goes on from the
+last checkpoint to the result that it would have reached at once. Then each process draws its share
+of samples, from a seed of its own. Without torchrun, there is one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from data import patches
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from zuko.lazy import Flow
+
+from pyro_sinflow import SinusoidalFlow
+
+
+class NegativeLogLikelihood(nn.Module):
+    """The loss as a module's output, where DistributedDataParallel looks for it."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the mean over rows."""
+        return -self.flow().log_prob(x).mean()
+
+
+def batch(step: int, rows: int, size: int, seed: int) -> Tensor:
+    """Draws the rows of a step: from its number alone, so that a restart draws them again."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randint(rows, (size,), generator=generator)
+
+
+def train(flow: Flow, x: Tensor, args: argparse.Namespace) -> list[float]:
+    """Fits the flow, from the last checkpoint if there is one, and returns the losses."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    loss = DistributedDataParallel(NegativeLogLikelihood(flow))
+    optimiser = torch.optim.Adam(flow.parameters(), lr=1e-3)
+    losses: list[float] = []
+    checkpoint = args.out / "distributed.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        flow.load_state_dict(saved["flow"])
+        optimiser.load_state_dict(saved["optimiser"])
+        losses = saved["losses"]
+
+    with tqdm(total=args.steps, initial=len(losses), disable=rank > 0) as bar:
+        for step in range(len(losses), args.steps):
+            first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+            if step == args.fail_at and first and rank == world - 1:
+                os.kill(os.getpid(), 9)
+            share = batch(step, len(x), args.batch, args.seed)[rank::world]
+            optimiser.zero_grad()
+            value = loss(x[share])
+            value.backward()
+            optimiser.step()
+            dist.all_reduce(value := value.detach())
+            losses.append(float(value) / world)
+            bar.update()
+            if rank == 0 and (step + 1) % args.every == 0:
+                saved = {"flow": flow.state_dict(), "optimiser": optimiser.state_dict()}
+                torch.save(saved | {"losses": losses}, partial := checkpoint.with_suffix(".part"))
+                partial.replace(checkpoint)  # in one go, lest a failure leave half a file
+    return losses
+
+
+def draw(flow: Flow, args: argparse.Namespace) -> Tensor | None:
+    """Draws samples in all processes, and returns them in the first one."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(args.seed * 1_000_003 + rank)
+    share = args.samples // world + (rank < args.samples % world)
+    with torch.no_grad():
+        samples = flow().sample((share,))
+    gathered: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object(samples, gathered)
+    return torch.cat(gathered) if gathered is not None else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fits a flow to patches of photographs, and draws samples."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="steps (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=256, help="rows, of all processes together (%(default)s)"
+    )
+    parser.add_argument("--every", type=int, default=50, help="steps between two checkpoints")
+    parser.add_argument("--samples", type=int, default=1000, help="to draw (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=600, help="seconds to wait for each other (%(default)s)"
+    )
+    parser.add_argument("--fail-at", type=int, help="the step at which to fail once, to try it")
+    args = parser.parse_args(argv)
+
+    if dist.is_torchelastic_launched():
+        # A process that never comes back is given up after a while, and all start anew.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if args.batch % dist.get_world_size():
+        parser.error(f"--batch should be a multiple of {dist.get_world_size()}, got {args.batch}")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    flow = SinusoidalFlow(63, transforms=4)
+    losses = train(flow, patches().train, args)
+    samples = draw(flow, args)
+    if samples is not None:
+        torch.save(samples, args.out / "samples.pt")
+        (args.out / "losses.json").write_text(json.dumps(losses))
+        print(f"Loss {losses[0]:.3f} to {losses[-1]:.3f}; samples: {tuple(samples.shape)}")
+        print("Written to", args.out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
