@@ -89,7 +89,7 @@ class Inversion(NamedTuple):
         problem: ``"sinusoid"``, ``"triangular"`` or ``"adjoint"``.
         iterations: For a chain of sinusoids, the most that any element of any of them took. For a
             triangular map, the passes through its network; where features are settled block by
-            block (see :mod:`pyro_sinflow.substitution`), the most passes that a block took, each
+            block (by forward substitution), the most passes that a block took, each
             of which costs no more than the block's share of the network.
         elements: The size of the solution, batch included.
     """
