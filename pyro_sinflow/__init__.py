@@ -1,10 +1,10 @@
 """Sinusoidal Flows for Pyro and zuko."""
 
 from ._version import __version__
-from .conditioners import PixelCNN
 from .flows import FastInverse, SinusoidalFlow, fast_inverse
 from .inversion import Inversion, InversionError, InversionWarning, Solver, record_inversions
 from .modules import LDU, ConditionalLDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
+from .networks import PixelCNN
 from .transforms import LDUTransform, SinusoidalTransform, TriangularTransform
 
 __all__ = [

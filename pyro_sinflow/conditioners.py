@@ -1,7 +1,4 @@
-r"""Conditioners: the modules that compute the parameters of the transforms.
-
-Each is one of zuko's lazy transforms: given a context, it builds a transform.
-"""
+"""Conditioners: lazy transforms, which own parameters and, given a context, build a transform."""
 
 from __future__ import annotations
 
@@ -14,52 +11,19 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyTransform
-from zuko.nn import MLP, MaskedLinear, MaskedMLP, Residual
+from zuko.nn import MLP
 from zuko.transforms import ComposedTransform, MonotonicAffineTransform
-from zuko.utils import broadcast, unpack
+from zuko.utils import unpack
 
-from ._checks import (
-    check_dtype,
-    check_event,
-    check_flag,
-    check_real,
-    check_size,
-    check_sizes,
-    check_tensor,
-)
+from ._checks import check_size, check_sizes
 from .inversion import Solver
+from .networks import MaskedNetwork, check_context
 from .substitution import substitute
 from .transforms import SinusoidalChain, TriangularTransform
 
 # Scales in [1/10, 10]. With zuko's default of 1/1000, samples in the tails of a stack of blocks
 # soon leave the range of float32, and the density gains next to nothing.
 bounded_affine = partial(MonotonicAffineTransform, slope=0.1)
-
-
-def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
-    """Requires a context tensor where there are context features, and none where there are none."""
-    if context == 0:
-        if c is not None:
-            raise ValueError("The context should be None, as there are no context features.")
-    elif c is None:
-        raise ValueError(f"The context should be a tensor of shape (*, {context}), got None.")
-    else:
-        check_tensor("context", c)
-        check_event("context", c, Size([context]))
-        check_dtype("context", c, dtype)
-
-
-def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
-    """Requires a permutation of the features, and returns it."""
-    n = features.numel()
-    if order is None:
-        return torch.arange(n)
-    ranks = torch.as_tensor(order).flatten()
-    if ranks.is_floating_point() or ranks.tolist() != [*ranks.tolist()] or len(ranks) != n:
-        raise ValueError(f"'order' should hold {n} integers, got {order}.")
-    if sorted(ranks.tolist()) != list(range(n)):
-        raise ValueError(f"'order' should be a permutation of 0, ..., {n - 1}, got {order}.")
-    return ranks.long()
 
 
 def initial_sinusoids(*shape: int, components: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,106 +53,6 @@ def affine_chain(
         frequency, phase, weight, residual, torch.zeros_like(residual), **kwargs
     )
     return ComposedTransform(bounded_affine(loc, log_scale), sinusoids)
-
-
-class MaskedNetwork(nn.Module):
-    r"""Creates a network :math:`h_i = c_i(x_{<i}, c)`.
-
-    It is :class:`zuko.nn.MaskedMLP` over events of any shape and a context.
-
-    Args:
-        features: The shape of an event.
-        context: The number of context features.
-        outputs: The number of outputs for each feature.
-        order: The rank of each feature. If :py:`None`, features are in ascending order.
-        hidden_features: The numbers of hidden features.
-        activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
-        residual: Whether to use residual blocks or not.
-        dropout: The probability that a hidden unit is dropped in training.
-
-    Example:
-        >>> network = MaskedNetwork((3,), context=2, outputs=4)
-        >>> network(torch.randn(5, 3), torch.randn(2)).shape
-        torch.Size([5, 3, 4])
-    """
-
-    def __init__(
-        self,
-        features: int | Sequence[int],
-        context: int = 0,
-        outputs: int = 1,
-        order: Sequence[int] | Tensor | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] | None = None,
-        residual: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-
-        self.features = check_sizes("features", features)
-        self.context = check_size("context", context, minimum=0)
-        self.outputs = check_size("outputs", outputs)
-        hidden = [check_size("hidden_features", h) for h in hidden_features]
-        check_real("dropout", dropout, -1e-9, 1.0)
-        rank = check_order(order, self.features)
-        make = nn.ReLU if activation is None else activation
-
-        adjacency = rank[:, None] > rank
-        adjacency = torch.cat(
-            (adjacency, torch.ones(len(rank), self.context, dtype=torch.bool)), dim=1
-        )
-        if adjacency.any():
-            self.network: nn.Sequential | None = MaskedMLP(
-                adjacency.repeat_interleave(self.outputs, dim=0),
-                hidden_features=hidden,
-                activation=make
-                if dropout == 0
-                else lambda: nn.Sequential(make(), nn.Dropout(dropout)),
-                residual=residual,
-            )
-            for layer in self.network.modules():
-                if isinstance(layer, MaskedLinear):
-                    # A product with booleans is several times slower.
-                    layer.mask = layer.mask.to(layer.weight.dtype)
-        else:  # one feature without a context: nothing to depend on
-            self.network = None
-            self.constant = nn.Parameter(torch.zeros(self.outputs))
-
-    @property
-    def bias(self) -> Tensor:
-        """The bias of the last layer."""
-        return self.constant if self.network is None else [*self.network.parameters()][-1]
-
-    def set_bias(self, bias: Tensor) -> None:
-        """Sets the outputs of a network whose last layer sees nothing but zeros."""
-        with torch.no_grad():
-            self.bias.copy_(bias.flatten())
-
-    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        r"""Computes the parameters.
-
-        Args:
-            x: The features, with shape :math:`(*, \text{features})`.
-            c: The context, with shape :math:`(*, C)`.
-
-        Returns:
-            The parameters, with shape :math:`(*, \text{features}, \text{outputs})`.
-
-        Raises:
-            ValueError: If the shape of x or c is wrong, or c is missing or superfluous.
-            TypeError: If x or c has the wrong dtype.
-        """
-        check_event("x", x, self.features)
-        check_dtype("x", x, self.bias.dtype)
-        check_context(c, self.context, self.bias.dtype)
-
-        if self.network is None:
-            return self.bias.to(x.dtype).expand(*x.shape, self.outputs)
-        flat = x.flatten(x.ndim - len(self.features))
-        if c is not None:
-            flat = torch.cat(broadcast(flat, c, ignore=1), dim=-1)
-        h = self.network(flat.to(self.bias.dtype))
-        return h.to(x.dtype).reshape(*h.shape[:-1], *self.features, self.outputs)
 
 
 class LazyTriangular(LazyTransform):
@@ -351,181 +215,3 @@ class LazySinusoids(ElementWiseModule):
     def forward(self, c: Tensor | None = None) -> Transform:
         """Returns the transformation, given a context."""
         return self.build(*self.values(c))
-
-
-class MaskedConv2d(nn.Conv2d):
-    r"""Creates a convolution whose units see what comes before them in the raster order.
-
-    Each unit of a layer is described by the last position that it may see, relative to its own
-    pixel: a row, and a column times the number of channels plus a channel. A unit feeds another
-    where, at the offset of the kernel between them, its last position is not after that of the
-    other.
-
-    Args:
-        before: The positions of the inputs, with shape :math:`(I, 2)`.
-        after: The positions of the outputs, with shape :math:`(O, 2)`.
-        channels: The number of channels of the image.
-        kernel_size: The height and width of the kernel.
-        bias: Whether there is a bias or not.
-    """
-
-    mask: Tensor
-
-    def __init__(
-        self, before: Tensor, after: Tensor, channels: int, kernel_size: int, bias: bool = True
-    ) -> None:
-        super().__init__(len(before), len(after), kernel_size, padding=kernel_size // 2, bias=bias)
-        offset = torch.arange(kernel_size) - kernel_size // 2
-        row = before[:, 0, None, None] + offset[:, None]
-        column = before[:, 1, None, None] + offset * channels
-        last_row, last_column = after[:, :, None, None, None].unbind(1)
-        mask = (row < last_row) | (row == last_row) & (column <= last_column)
-        self.register_buffer("mask", mask.to(self.weight.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the convolution of x, with shape :math:`(N, I, H, W)`."""
-        return self._conv_forward(x, self.mask * self.weight, self.bias)
-
-
-class PixelCNN(nn.Module):
-    r"""Creates a convolutional network :math:`h_i = c_i(x_{<i}, c)` for images.
-
-    Features are in raster order: pixel by pixel, and within a pixel channel by channel. Some of the
-    hidden maps see all of the rows above a pixel, the others the pixels to its left as well, so
-    that there is no blind spot: after n convolutions with a kernel of size k, a feature depends on
-    the pixels before it within :math:`n \lfloor k / 2 \rfloor` rows and columns. There are as many
-    convolutions as hidden sizes and one, or twice as many as hidden sizes and two with residual
-    blocks of equal size.
-
-    References:
-        | Conditional Image Generation with PixelCNN Decoders (van den Oord et al., 2016)
-        | https://arxiv.org/abs/1606.05328
-
-    Args:
-        features: The shape of an image, :math:`(C, H, W)`.
-        context: The number of context features.
-        outputs: The number of outputs for each feature.
-        order: The rank of each feature: ascending for the raster order, descending for its mirror
-            image. If :py:`None`, ascending.
-        hidden_features: The numbers of hidden maps, each greater than that of channels. With
-            ``residual``, each stands for a residual block: (16, 16) is what the paper has for
-            MNIST and CIFAR-10.
-        activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
-        residual: Whether to use residual blocks or not.
-        dropout: The probability that a hidden unit is dropped in training.
-        kernel_size: The height and width of the kernels, an odd number.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If ``features`` is no shape of an image, a size too small, ``kernel_size`` even,
-            or ``order`` neither ascending nor descending.
-
-    Example:
-        >>> network = PixelCNN((3, 8, 8), context=2, outputs=4)
-        >>> network(torch.randn(5, 3, 8, 8), torch.randn(2)).shape
-        torch.Size([5, 3, 8, 8, 4])
-        >>> flow = SinusoidalFlow((3, 8, 8), network=PixelCNN, hidden_features=(16, 16))
-        >>> flow().sample((5,)).shape
-        torch.Size([5, 3, 8, 8])
-    """
-
-    def __init__(
-        self,
-        features: Sequence[int],
-        context: int = 0,
-        outputs: int = 1,
-        order: Sequence[int] | Tensor | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] | None = None,
-        residual: bool = False,
-        dropout: float = 0.0,
-        kernel_size: int = 3,
-    ) -> None:
-        super().__init__()
-
-        self.features = check_sizes("features", features)
-        if len(self.features) != 3:
-            raise ValueError(
-                f"'features' should be channels, height and width, got {tuple(self.features)}."
-            )
-        channels = self.features[0]
-        self.context = check_size("context", context, minimum=0)
-        self.outputs = check_size("outputs", outputs)
-        hidden = [check_size("hidden_features", h, channels + 1) for h in hidden_features]
-        check_flag("residual", residual)
-        check_real("dropout", dropout, -1e-9, 1.0)
-        if check_size("kernel_size", kernel_size, minimum=3) % 2 == 0:
-            raise ValueError(f"'kernel_size' should be odd, got {kernel_size}.")
-        rank = check_order(order, self.features).tolist()
-        self.mirrored = rank != sorted(rank)
-        if self.mirrored and rank != sorted(rank, reverse=True):
-            raise ValueError(f"'order' should be ascending or descending, got {order}.")
-        make = nn.ReLU if activation is None else activation
-
-        def activate() -> nn.Module:
-            return nn.Sequential(make(), nn.Dropout(dropout)) if dropout else make()
-
-        def convolve(before: Tensor, after: Tensor, bias: bool = True) -> MaskedConv2d:
-            return MaskedConv2d(before, after, channels, kernel_size, bias)
-
-        pixel = torch.tensor([[0.0, c] for c in range(channels)])
-        seen = pixel - torch.tensor([0.0, 1.0])  # up to the channel before
-        above = torch.tensor([[-1.0, math.inf]])  # up to the end of the row above
-        kinds = torch.cat((above, seen))
-
-        layers: list[nn.Module] = []
-        before = pixel
-        for size in hidden:
-            after = kinds[torch.arange(size) % len(kinds)]
-            if not residual or len(before) != size or not layers:
-                layers.append(convolve(before, after))
-            layers.append(
-                Residual(convolve(after, after), activate(), convolve(after, after))
-                if residual
-                else activate()
-            )
-            before = after
-        layers.append(convolve(before, seen.repeat_interleave(self.outputs, dim=0), bias=False))
-
-        self.first, *rest = layers
-        self.rest = nn.Sequential(*rest)
-        if self.context > 0:
-            width = [*hidden, channels * self.outputs][0]
-            self.inject = nn.Linear(self.context, width, bias=False)
-        self.bias = nn.Parameter(torch.zeros(*self.features, self.outputs))
-
-    def set_bias(self, bias: Tensor) -> None:
-        """Sets the outputs of a network whose last layer sees nothing but zeros."""
-        with torch.no_grad():
-            self.bias.copy_(bias.view_as(self.bias))
-
-    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        r"""Computes the parameters.
-
-        Args:
-            x: The images, with shape :math:`(*, C, H, W)`.
-            c: The context, with shape :math:`(*, \text{context})`.
-
-        Returns:
-            The parameters, with shape :math:`(*, C, H, W, \text{outputs})`.
-
-        Raises:
-            ValueError: If the shape of x or c is wrong, or c is missing or superfluous.
-            TypeError: If x or c has the wrong dtype.
-        """
-        check_event("x", x, self.features)
-        check_dtype("x", x, self.bias.dtype)
-        check_context(c, self.context, self.bias.dtype)
-
-        if c is not None:
-            x, c = broadcast(x, c, ignore=(3, 1))
-        h = x.reshape(-1, *self.features).to(self.bias.dtype)
-        if self.mirrored:
-            h = h.flip(1, 2, 3)
-        h = self.first(h)
-        if c is not None:
-            h = h + self.inject(c.reshape(-1, self.context))[..., None, None]
-        h = self.rest(h).unflatten(1, (-1, self.outputs)).movedim(2, -1)
-        if self.mirrored:
-            h = h.flip(1, 2, 3)
-        return (h + self.bias).to(x.dtype).reshape(*x.shape, self.outputs)

@@ -8,7 +8,8 @@ import torch
 import zuko
 
 import pyro_sinflow
-from pyro_sinflow.conditioners import LazyTriangular, MaskedNetwork
+from pyro_sinflow.conditioners import LazyTriangular
+from pyro_sinflow.networks import MaskedNetwork
 
 
 @pytest.fixture(autouse=True)

@@ -32,12 +32,12 @@ from ._checks import (
 from .conditioners import (
     LazyAffine,
     LazyTriangular,
-    MaskedNetwork,
     affine_chain,
     initial_sinusoids,
 )
 from .inversion import Solver
 from .modules import ConditionalLDU
+from .networks import MaskedNetwork
 from .substitution import substitute
 from .transforms import TriangularTransform
 

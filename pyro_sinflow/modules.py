@@ -24,13 +24,11 @@ from ._checks import (
 from .conditioners import (
     LazySinusoids,
     LazyTriangular,
-    MaskedNetwork,
     bounded_affine,
-    check_context,
-    check_order,
     initial_sinusoids,
 )
 from .inversion import Solver
+from .networks import MaskedNetwork, check_context, check_order
 from .transforms import LDUTransform, SinusoidalTransform
 
 
@@ -102,7 +100,7 @@ class ConditionalLDU(LazyTransform):
             in ascending order.
         slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
         network: The constructor of the networks of L and U, which takes what
-            :class:`pyro_sinflow.conditioners.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN`
+            :class:`pyro_sinflow.networks.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN`
             suits images.
         hidden_features: The numbers of hidden features of each network.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.

@@ -10,6 +10,7 @@ evaluating the network once, in however many steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from zuko.utils import unpack
 
 from ._checks import autocasting
 from .inversion import Solver, solve_blocks
+from .networks import Shortcut
 
 _SIZE = 16  # parameters in a block of features, unless a single feature has more
 _LEAST = 2048  # numbers in a batch, below which a few passes through the whole network are faster
@@ -72,11 +74,21 @@ class _Units(NamedTuple):
         return slice(self.cuts[stage], self.cuts[stage + 1])
 
 
+def _split(network: nn.Module) -> tuple[list[nn.Module | _Skip], MaskedLinear | None]:
+    """Returns the operations of a network, and the layer of its shortcut, if it has one."""
+    shortcut = None
+    if type(network) is Shortcut and not (network._forward_hooks or network._forward_pre_hooks):
+        (shortcut,) = _operations(network.linear)
+        network = network.network
+    return _operations(network), shortcut
+
+
 class Stages:
     """The stages of a masked network: first its context, then its features, block by block.
 
     Args:
-        network: A :class:`zuko.nn.MaskedMLP`.
+        network: A :class:`zuko.nn.MaskedMLP`, with a :class:`~pyro_sinflow.networks.Shortcut` or
+            without.
         features: The number of features, which come before the context in the network's input.
         size: The number of features in a block. If :py:`None`, fewer where they have many
             parameters, because these make the iteration inside a block costly.
@@ -86,10 +98,11 @@ class Stages:
     """
 
     def __init__(self, network: nn.Module, features: int, size: int | None = None) -> None:
-        self.operations = _operations(network)
-        self.linears = [o for o in self.operations if isinstance(o, MaskedLinear)]
+        self.operations, self.shortcut = _split(network)
+        main = [o for o in self.operations if isinstance(o, MaskedLinear)]
+        self.linears = main if self.shortcut is None else [*main, self.shortcut]
         self.masks = [(layer.mask, layer.mask._version) for layer in self.linears]
-        masks = [mask.float() for mask, _ in self.masks]
+        masks = [layer.mask.float() for layer in main]
         device = masks[0].device
 
         reach = masks[0]
@@ -98,6 +111,8 @@ class Stages:
         outputs = len(reach) // features
         size = max(_SIZE // outputs, 1) if size is None else size
         needs = reach[:, :features].unflatten(0, (features, -1)).any(dim=1)
+        if self.shortcut is not None:
+            needs |= self.shortcut.mask[:, :features].bool()
         # The level of a feature: the length of the longest chain of features that it depends on.
         level = torch.zeros(features, dtype=torch.long, device=device)
         for _ in range(features):
@@ -111,22 +126,25 @@ class Stages:
 
         stage = F.pad(block + 1, (0, masks[0].shape[1] - features))
         last = (block + 1).repeat_interleave(outputs)
-        self.units = [_Units.sort(stage, count)]
+        units = [_Units.sort(stage, count)]
         skipped: list[Tensor] = []
         for operation, following in zip(self.operations, [*self.operations[1:], None], strict=True):
             if isinstance(operation, MaskedLinear):
                 stage = torch.where(operation.mask.bool(), stage, 0).amax(dim=1)
-                if following is None:
+                if operation is main[-1]:
                     stage = last
                 elif isinstance(following, _Skip) and not following.begins:
                     stage = skipped.pop()  # sorted like what they are added to
-                self.units.append(_Units.sort(stage, count))
+                units.append(_Units.sort(stage, count))
             elif isinstance(operation, _Skip) and operation.begins:
                 skipped.append(stage)
+        self.units = [*pairwise(units)]  # inputs and outputs of each layer
+        if self.shortcut is not None:
+            self.units.append((units[0], _Units.sort(block + 1, count)))
 
     def suit(self, network: nn.Module) -> bool:
         """Whether the network and its masks are still those that the stages were made from."""
-        return self.operations == _operations(network) and all(
+        return (self.operations, self.shortcut) == _split(network) and all(
             layer.mask is mask and mask._version == version
             for layer, (mask, version) in zip(self.linears, self.masks, strict=True)
         )
@@ -144,14 +162,13 @@ class Evaluation:
 
     def __init__(self, stages: Stages, context: Tensor) -> None:
         self.operations = stages.operations
+        self.shortcut = stages.shortcut
         self.layers = []
-        for layer, ins, outs in zip(
-            stages.linears, stages.units[:-1], stages.units[1:], strict=True
-        ):
+        for layer, (ins, outs) in zip(stages.linears, stages.units, strict=True):
             weight = (layer.mask * layer.weight)[outs.order].index_select(1, ins.order)
-            bias = layer.bias[outs.order].unsqueeze(1)
+            bias = torch.zeros_like(weight[:, 0]) if layer.bias is None else layer.bias[outs.order]
             known = context.new_empty(len(ins.order), context.shape[1])  # inputs, as far as known
-            self.layers.append((weight, bias, ins, outs, known))
+            self.layers.append((weight, bias.unsqueeze(1), ins, outs, known))
         self.begin(0)
         self(context, commit=True)
 
@@ -171,12 +188,17 @@ class Evaluation:
         """
         parts = iter(self.parts)
         skipped = []
+
+        def linear(x: Tensor) -> Tensor:
+            base, weight, known = next(parts)
+            if commit:
+                known.copy_(x)
+            return torch.addmm(base, weight, x)
+
+        features = x
         for operation in self.operations:
             if isinstance(operation, MaskedLinear):
-                base, weight, known = next(parts)
-                if commit:
-                    known.copy_(x)
-                x = torch.addmm(base, weight, x)
+                x = linear(x)
             elif isinstance(operation, _Skip):
                 if operation.begins:
                     skipped.append(x)
@@ -184,6 +206,8 @@ class Evaluation:
                     x = x + skipped.pop()
             else:
                 x = operation(x)
+        if self.shortcut is not None and len(shifts := linear(features)):
+            x[:: len(x) // len(shifts)] += shifts
         return x
 
 

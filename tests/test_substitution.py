@@ -18,7 +18,7 @@ from pyro_sinflow import (
     record_inversions,
     substitution,
 )
-from pyro_sinflow.conditioners import MaskedNetwork
+from pyro_sinflow.networks import MaskedNetwork
 from pyro_sinflow.substitution import Evaluation, Stages, substitute
 
 CASES = {
@@ -130,7 +130,7 @@ def test_leaves_other_networks_alone(change, calls):
     options = {"activation": nn.PReLU} if "parameters" in change else {}
     network = MaskedNetwork(6, dropout=0.5 if change == "dropout" else 0.0, **options).network
     if change == "hook":
-        network[0].register_forward_hook(lambda *_: None)
+        network.network[0].register_forward_hook(lambda *_: None)
     arguments = (network, zuko.transforms.AdditiveTransform, [()], None, 1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         assert substitute(*arguments, torch.randn(5, 6), Solver()) is None
