@@ -130,16 +130,18 @@ def _features(x: Tensor, a: Tensor, extra: Tensor, space: Tensor | None = None) 
     Returns:
         The features, with shape (B, 2K + E, N).
     """
+    # P = tan / (1 + tan^2) and Q = P tan: one tangent takes less time than a sine and a cosine, and
+    # loses no digits either, as its poles are no floating-point numbers.
     if space is None:
-        t = a * x
-        sine, cosine = t.sin(), t.cos()
-        return torch.cat((sine * cosine, sine * sine, extra)).transpose(0, 1)
+        t = torch.tan(a * x)
+        p = t / (1 + t * t)
+        return torch.cat((p, p * t, extra)).transpose(0, 1)
     p, q, more = space.split((len(a), len(a), len(extra)))
     torch.mul(a, x, out=q)
-    torch.cos(q, out=p)
-    q.sin_()
-    p.mul_(q)
-    q.square_()
+    q.tan_()
+    torch.mul(q, q, out=p).add_(1)
+    torch.div(q, p, out=p)
+    q.mul_(p)
     more.copy_(extra)
     return space.transpose(0, 1)
 
