@@ -1,8 +1,8 @@
 """Flows side by side: those that Tables 1 and 3 of the paper (Wei, 2021) name, on real data.
 
-Each flow gets the same steps, batches, optimiser and early stopping on validation. For each data
-set a table is printed; all are written to comparison.json. A run that was interrupted goes on from
-there, if it is started again with the same options.
+Each flow gets the same steps, or the same time, and the same batches, optimiser and early stopping
+on validation. For each data set a table is printed; all are written to comparison.json. A run that
+was interrupted goes on from there, if it is started again with the same options.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -114,21 +115,22 @@ def iresnet(features: int) -> Flow:
 
 
 SIZES: dict[str, Any] = {"hidden_features": (64, 64)}
+ORDER: dict[str, Any] = {**SIZES, "randperm": True}
 FLOWS: dict[str, Callable[[int], Flow]] = {
-    "Sinusoidal, LDU blocks": partial(SinusoidalFlow, transforms=8, **SIZES),
-    "Sinusoidal, scale": partial(SinusoidalFlow, transforms=8, scale=True, **SIZES),
+    "Sinusoidal, LDU blocks": partial(SinusoidalFlow, transforms=3, **ORDER),
+    "Sinusoidal, scale": partial(SinusoidalFlow, transforms=3, scale=True, **ORDER),
     "Sinusoidal, autoregressive": partial(
-        SinusoidalFlow, transforms=3, conditioner="autoregressive", **SIZES
+        SinusoidalFlow, transforms=3, conditioner="autoregressive", **ORDER
     ),
-    "MAF": partial(zuko.flows.MAF, transforms=5, **SIZES),
-    "RQ-NSF(AR)": partial(zuko.flows.NSF, transforms=3, **SIZES),
-    "RQ-NSF(C)": partial(zuko.flows.NSF, transforms=5, passes=2, **SIZES),
-    "RealNVP": partial(zuko.flows.RealNVP, transforms=8, **SIZES),
-    "NAF": partial(zuko.flows.NAF, transforms=2, **SIZES),
+    "MAF": partial(zuko.flows.MAF, transforms=5, **ORDER),
+    "RQ-NSF(AR)": partial(zuko.flows.NSF, transforms=3, **ORDER),
+    "RQ-NSF(C)": partial(zuko.flows.NSF, transforms=5, passes=2, **ORDER),
+    "RealNVP": partial(zuko.flows.RealNVP, transforms=8, randmask=True, **SIZES),
+    "NAF": partial(zuko.flows.NAF, transforms=2, **ORDER),
     "UMNN-MAF": partial(
         zuko.flows.UNAF, transforms=1, network={"hidden_features": (32, 32)}, **SIZES
     ),
-    "SOS": partial(zuko.flows.SOSPF, transforms=3, **SIZES),
+    "SOS": partial(zuko.flows.SOSPF, transforms=3, **ORDER),
     "FFJORD": partial(zuko.flows.CNF, exact=False, **SIZES),
     "B-NAF": bnaf,
     "Glow": glow,
@@ -164,6 +166,18 @@ def seconds(function: Callable[[], Any], rounds: int = 5) -> float:
     return min(times)
 
 
+def afford(seconds: float, make: Callable[[int], Flow], data: Data, checkpoint: Path) -> Budget:
+    """Returns a budget of as many steps as take some seconds, given what the first 50 take.
+
+    A checkpoint keeps the number of steps that it was begun with.
+    """
+    if checkpoint.exists():
+        return Budget(**torch.load(checkpoint, weights_only=True)["budget"])
+    flow, trial = make(data.train.shape[1]), Budget(50)
+    steps = int(trial.steps * seconds / timeit(lambda: fit("pace", flow, data, trial), number=1))
+    return Budget(max(steps, 1), patience=steps / 3)
+
+
 def measure(flow: Flow, data: Data, batch: int) -> dict[str, Any]:
     """Returns score, number of parameters, times and round-trip error of a fitted flow."""
     score, error = evaluate(flow, data.test)
@@ -197,6 +211,7 @@ def show(name: str, results: dict[str, dict[str, Any]]) -> None:
         [
             flow,
             f"{r['NLL']:.2f} ± {r['error']:.2f}",
+            f"{r['steps']:,}",
             f"{r['parameters']:,}",
             f"{r['step'] / unit:.1f}",
             "none"
@@ -207,8 +222,8 @@ def show(name: str, results: dict[str, dict[str, Any]]) -> None:
         ]
         for flow, r in results.items()
     ]
-    columns = ("test NLL", "parameters", "step", "1,000 samples", "round trip", "log-determinant")
-    print_table((name, *columns), rows)
+    columns = ("test NLL", "steps", "parameters", "time of a step", "1,000 samples", "round trip")
+    print_table((name, *columns, "log-determinant"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -221,26 +236,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, default=400, help="of each flow, at most (default: %(default)s)"
     )
+    parser.add_argument("--seconds", type=float, help="of each flow, in place of steps")
     parser.add_argument("--data", nargs="+", choices=DATA, default=[*DATA], help="data sets")
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=[*FLOWS], help="flows")
     args = parser.parse_args(argv)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    budget = Budget(args.steps, patience=args.steps / 3)
     tables: dict[str, dict[str, dict[str, Any]]] = {}
     for name in args.data:
         data = DATA[name]()
         tables[name] = {}
         for flow_name in args.flows:
-            torch.manual_seed(args.seed)
+            said, make = f"{name}, {flow_name}", FLOWS[flow_name]
+            spent = f"{args.steps} steps" if args.seconds is None else f"{args.seconds:g} s"
+            checkpoint = args.out / f"{said}, {spent}, seed {args.seed}.pt"
             try:
-                flow = FLOWS[flow_name](data.train.shape[1])
+                budget = (
+                    Budget(args.steps, patience=args.steps / 3)
+                    if args.seconds is None
+                    else afford(args.seconds, make, data, checkpoint)
+                )
+                torch.manual_seed(args.seed)
+                flow = make(data.train.shape[1])
             except ModuleNotFoundError as error:
                 print(f"{flow_name} is left out: it needs '{error.name}', an extra.")
                 continue
-            said = f"{name}, {flow_name}"
-            flow = fit(said, flow, data, budget, args.out / f"{said}, seed {args.seed}.pt")
-            tables[name][flow_name] = measure(flow, data, budget.batch)
+            flow = fit(said, flow, data, budget, checkpoint)
+            tables[name][flow_name] = {"steps": budget.steps, **measure(flow, data, budget.batch)}
         show(name, tables[name])
         (args.out / "comparison.json").write_text(json.dumps(tables, indent=2))
     print(f"{TAN}\n\nWritten to {args.out}")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from data import Data
@@ -26,6 +27,7 @@ class Budget:
         weight_decay: The weight decay.
         every: The number of steps from one validation to the next.
         patience: The number of steps without a better validation after which the fit stops.
+        clip: The norm to which longer gradients are cut.
     """
 
     steps: int
@@ -34,9 +36,17 @@ class Budget:
     weight_decay: float = 0.0
     every: int = 50
     patience: float = math.inf
+    clip: float = 10.0
 
 
-def fit(name: str, flow: Flow, data: Data, budget: Budget, checkpoint: Path | None = None) -> Flow:
+def fit(
+    name: str,
+    flow: Flow,
+    data: Data,
+    budget: Budget,
+    checkpoint: Path | None = None,
+    parameters: Iterable[Any] | None = None,
+) -> Flow:
     """Fits a flow by maximum likelihood, and leaves it with the weights that validated best.
 
     With a checkpoint, a fit that was interrupted goes on from its last validation to the result
@@ -48,6 +58,7 @@ def fit(name: str, flow: Flow, data: Data, budget: Budget, checkpoint: Path | No
         data: The rows to fit, and those to validate.
         budget: What to spend.
         checkpoint: The file to resume from, where it exists, and to write.
+        parameters: What the optimiser moves, perhaps in groups. If :py:`None`, all parameters.
 
     Returns:
         The flow, in evaluation mode.
@@ -56,7 +67,11 @@ def fit(name: str, flow: Flow, data: Data, budget: Budget, checkpoint: Path | No
         ValueError: If the checkpoint is that of another budget.
         RuntimeError: If the checkpoint is that of another flow.
     """
-    optimiser = torch.optim.AdamW(flow.parameters(), lr=budget.lr, weight_decay=budget.weight_decay)
+    optimiser = torch.optim.AdamW(
+        flow.parameters() if parameters is None else parameters,
+        lr=budget.lr,
+        weight_decay=budget.weight_decay,
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, budget.steps)
     validation = data.validation[:: max(len(data.validation) // 2000, 1)]
     parts = {"flow": flow, "optimiser": optimiser, "schedule": schedule}
@@ -73,13 +88,14 @@ def fit(name: str, flow: Flow, data: Data, budget: Budget, checkpoint: Path | No
         step, best, best_step, weights = saved["progress"]
         torch.set_rng_state(saved["random"])
 
+    patience = max(budget.patience, budget.every)  # what has not been validated is not given up
     with tqdm(desc=name, total=budget.steps, initial=step) as bar:
-        while step < budget.steps and step - best_step < budget.patience:
+        while step < budget.steps and step - best_step < patience:
             rows = torch.randint(len(data.train), (budget.batch,))
             loss = -flow.train()().log_prob(data.train[rows]).mean()
             optimiser.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
+            nn.utils.clip_grad_norm_(flow.parameters(), budget.clip)
             optimiser.step()
             schedule.step()
             step += 1

@@ -1,0 +1,170 @@
+"""NeuTra on a funnel: effective sample sizes per gradient, beside plain NUTS.
+
+Neal's funnel: the logarithm of a scale is normal, with standard deviation 3, and nine numbers are
+normal with that scale. NUTS walks in the funnel, or in the noise of a fitted guide (Hoffman et al.,
+2019). Each evaluation of the model with its gradient is counted, warm-up apart. The table is
+printed; JSON and a picture are written to a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.transforms import iterated
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoContinuous,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormalizingFlow,
+)
+from pyro.infer.reparam import NeuTraReparam
+from pyro.ops.stats import effective_sample_size
+from pyro.optim import ClippedAdam
+from torch import Tensor
+from tqdm import trange
+from training import print_table
+
+from pyro_sinflow import ldu
+
+SCALE, WIDTH = 3.0, 9
+
+
+def funnel() -> None:
+    """Draws the logarithm of a variance, and numbers with that variance."""
+    v = pyro.sample("v", dist.Normal(0.0, SCALE))
+    scale = (v / 2).exp().unsqueeze(-1)
+    pyro.sample("x", dist.Normal(torch.zeros(WIDTH), scale).to_event(1))
+
+
+GUIDES: dict[str, Callable[[], AutoContinuous]] = {
+    "NeuTra, LDU blocks, scale": lambda: AutoNormalizingFlow(
+        funnel, partial(iterated, 3, ldu, scale=True, hidden_features=(32, 32))
+    ),
+    "NeuTra, AutoIAFNormal": lambda: AutoIAFNormal(funnel, hidden_dim=[32, 32], num_transforms=3),
+    "NeuTra, AutoMultivariateNormal": lambda: AutoMultivariateNormal(funnel),
+}
+
+
+def fit_guide(name: str, guide: AutoContinuous, args: argparse.Namespace) -> AutoContinuous:
+    """Fits a guide by SVI."""
+    optimiser = ClippedAdam({"lr": 1e-2, "lrd": 0.02 ** (1 / args.steps)})
+    elbo = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=0)
+    svi = SVI(funnel, guide, optimiser, elbo)
+    for _ in trange(args.steps, desc=name):
+        svi.step()
+    return guide.requires_grad_(False)
+
+
+def walk(model: Callable[[], None], args: argparse.Namespace) -> tuple[dict[str, Tensor], int]:
+    """Draws by NUTS, and returns the draws and the number of gradients that they took."""
+    count = 0
+
+    def counted() -> None:
+        nonlocal count
+        count += 1
+        model()
+
+    begin = 0
+
+    def note(kernel: NUTS, samples: Any, stage: str, i: int) -> None:
+        nonlocal begin
+        if stage == "Warmup":
+            begin = count
+
+    kernel = NUTS(counted, max_tree_depth=8)
+    mcmc = MCMC(kernel, num_samples=args.draws, warmup_steps=args.draws // 2, hook_fn=note)
+    mcmc.run()
+    return mcmc.get_samples(), count - begin
+
+
+def picture(draws: dict[str, dict[str, Tensor]], path: Path) -> None:
+    """Draws one of the numbers against the logarithm of the variance."""
+    fig, axes = plt.subplots(
+        1, len(draws), figsize=(13, 3.5), sharex=True, sharey=True, layout="constrained"
+    )
+    for ax, (name, samples) in zip(axes, draws.items(), strict=True):
+        ax.plot(samples["x"][:, 0], samples["v"], ".", markersize=2)
+        ax.axhspan(-2 * SCALE, 2 * SCALE, color="0.95")
+        ax.set(title=name, xlabel="x", xlim=(-25, 25), ylim=(-10, 10))
+    axes[0].set_ylabel("v, and 95 % of its distribution")
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draws from the funnel with and without guides."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="of SVI (default: %(default)s)")
+    parser.add_argument(
+        "--draws", type=int, default=1000, help="after half as many (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    draws: dict[str, dict[str, Tensor]] = {}
+    results: dict[str, dict[str, float]] = {}
+    for name in ("NUTS", *GUIDES):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(args.seed)
+        if name == "NUTS":
+            start = time.perf_counter()
+            samples, gradients = walk(funnel, args)
+        else:
+            guide = fit_guide(name, GUIDES[name](), args)
+            neutra = NeuTraReparam(guide)
+            start = time.perf_counter()
+            noise, gradients = walk(pyro.poutine.reparam(funnel, {"v": neutra, "x": neutra}), args)
+            samples = neutra.transform_sample(noise["v_shared_latent"])
+        seconds = time.perf_counter() - start
+        draws[name] = {site: value.detach() for site, value in samples.items()}
+        sizes = [effective_sample_size(value.unsqueeze(0)).min() for value in draws[name].values()]
+        results[name] = {
+            "gradients": gradients,
+            "size": float(min(sizes)),
+            "std": float(draws[name]["v"].std()),
+            "seconds": seconds,
+        }
+    picture(draws, args.out / "funnel.png")
+    (args.out / "funnel.json").write_text(json.dumps(results, indent=2))
+    unit = results["NUTS"]["size"] / results["NUTS"]["seconds"]
+    print_table(
+        (
+            "method",
+            "deviation of v",
+            "gradients",
+            "effective sample size",
+            "per 1,000 gradients",
+            "per second, NUTS = 1",
+        ),
+        [
+            [
+                name,
+                f"{r['std']:.2f}",
+                f"{r['gradients']:,.0f}",
+                f"{r['size']:.0f}",
+                f"{1000 * r['size'] / r['gradients']:.1f}",
+                f"{r['size'] / r['seconds'] / unit:.2f}",
+            ]
+            for name, r in results.items()
+        ],
+    )
+    print("\nWritten to", args.out)
+
+
+if __name__ == "__main__":
+    main()
