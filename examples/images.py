@@ -53,6 +53,10 @@ PRESETS = {
 }
 
 
+# 16 maps and 2 residual blocks, as in the paper.
+CNN: dict[str, Any] = {"network": PixelCNN, "hidden_features": (16, 16), "residual": True}
+
+
 def prepare(
     parts: Sequence[np.ndarray], levels: int, margin: float, seed: int = 0
 ) -> tuple[Data, Transform]:
@@ -124,12 +128,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
     options: dict[str, Any] = {"transforms": args.blocks or preset.blocks}
     shape = data.train.shape[1:]
-    # 16 maps and 2 residual blocks, as in the paper.
-    cnn = {"network": PixelCNN, "hidden_features": (16, 16), "residual": True}
     flows: dict[str, Callable[[], Flow]] = {
-        "PixelCNN": lambda: SinusoidalFlow(shape, **cnn, **options),
+        "PixelCNN": lambda: SinusoidalFlow(shape, **CNN, **options),
         "PixelCNN, scale": lambda: SinusoidalFlow(
-            shape, scale=True, activation=nn.Tanh, **cnn, **options
+            shape, scale=True, activation=nn.Tanh, **CNN, **options
         ),
         "masked MLP": lambda: SinusoidalFlow(shape, **options),
     }

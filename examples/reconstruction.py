@@ -1,0 +1,168 @@
+"""Figure 5 and Appendix C of the paper (Wei, 2021): how long inverses take, and how near they come.
+
+A flow is fitted to digits, as images.py does. Images are generated, and held-out images
+reconstructed from their noise, at several tolerances and numbers of iterations, by the paper's
+Algorithm 1 and by the default solver. Times are in units of one log-density of the same images. The
+table is printed; JSON and pictures are written to a folder, where the flow of a run that was
+interrupted, or of images.py with the same options, is taken up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import timeit
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from images import CNN, PRESETS, prepare, sheet
+from torch import Tensor
+from training import fit, print_table
+
+from pyro_sinflow import InversionWarning, SinusoidalFlow, Solver
+
+METHODS = {"Algorithm 1": "banach", "default": "newton"}
+TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+ITERATIONS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+
+WHAT = {"generation": "{:.1f}", "reconstruction": "{:.1f}", "distance": "{:.1e}"}
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Returns the time of the shortest of three rounds."""
+    return min(timeit.repeat(function, number=1, repeat=3))
+
+
+def curves(results: dict[str, Any], path: Path) -> None:
+    """Draws times against tolerances, and distances against numbers of iterations."""
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    for name, found in results.items():
+        for ax, what in zip(axes, ("generation", "reconstruction"), strict=False):
+            rows = found["tolerance"]
+            ax.semilogx([r["tolerance"] for r in rows], [r[what] for r in rows], ".-", label=name)
+            ax.set(title=what, xlabel="tolerance", ylabel="time, in log-densities", ylim=(0, None))
+        rows = found["iterations"]
+        axes[2].loglog(
+            [r["iterations"] for r in rows], [r["distance"] for r in rows], ".-", label=name
+        )
+    for ax in axes[:2]:
+        ax.invert_xaxis()
+    axes[2].set(title="error", xlabel="most iterations", ylabel="distance to the original")
+    axes[0].legend()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def faces(rows: dict[str, Tensor], path: Path, columns: int = 20) -> None:
+    """Draws a row of images each."""
+    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 0.75 * len(rows)), layout="constrained")
+    for ax, (name, images) in zip(axes, rows.items(), strict=True):
+        ax.imshow(sheet(images[:columns], columns), cmap="gray", interpolation="nearest")
+        ax.set_title(name, fontsize=9)
+        ax.axis("off")
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fits the flow, and inverts it in many ways."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--data", choices=PRESETS, default="digits", help="data set (default: %(default)s)"
+    )
+    parser.add_argument("--data-root", type=Path, help="folder with its original files")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps of the fit (default: the preset's)")
+    parser.add_argument("--images", type=int, default=100, help="number (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    preset = PRESETS[args.data]
+    budget = replace(preset.budget, steps=args.steps or preset.budget.steps)
+    parts = preset.read(args.data_root)
+    data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
+    shape = data.train.shape[1:]
+    make = partial(SinusoidalFlow, shape, transforms=preset.blocks, **CNN)
+    torch.manual_seed(args.seed)
+    checkpoint = args.out / f"{args.data}, PixelCNN, seed {args.seed}.pt"
+    fitted = fit(f"{args.data}, PixelCNN", make(), data, budget, checkpoint)
+    x, noise = data.test[: args.images], torch.randn(args.images, *shape)
+
+    def inverse(method: str, z: Tensor, **options: Any) -> Callable[[], Tensor]:
+        """Returns the inverse at z by a method, which may end before its tolerance is met."""
+        flow = make(solver=Solver(METHODS[method], **options)).eval()
+        flow.load_state_dict(fitted.state_dict())
+
+        def run() -> Tensor:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", InversionWarning)
+                return flow().transform.inv(z)
+
+        return run
+
+    def distance(y: Tensor) -> float:
+        """Returns the root of the mean square of an image's distance to the original."""
+        return float((y - x).flatten(1).square().sum(dim=1).mean().sqrt())
+
+    with torch.no_grad():
+        unit = seconds(lambda: fitted().log_prob(x))
+        z = fitted().transform(x)
+    results: dict[str, Any] = {}
+    for name in METHODS:
+        results[name] = {"tolerance": [], "iterations": []}
+        for tolerance in TOLERANCES:
+            options = {"tolerance": tolerance, "max_iter": max(ITERATIONS)}
+            results[name]["tolerance"].append(
+                {
+                    "tolerance": tolerance,
+                    "generation": seconds(inverse(name, noise, **options)) / unit,
+                    "reconstruction": seconds(inverse(name, z, **options)) / unit,
+                    "distance": distance(inverse(name, z, **options)()),
+                }
+            )
+        for n in ITERATIONS:
+            found = distance(inverse(name, z, max_iter=n)())
+            results[name]["iterations"].append({"iterations": n, "distance": found})
+
+    (args.out / "reconstruction.json").write_text(json.dumps(results, indent=2))
+    curves(results, args.out / "reconstruction.png")
+    rows = {
+        "originals": x,
+        **{
+            f"Algorithm 1, at most {n} iterations": inverse("Algorithm 1", z, max_iter=n)()
+            for n in (2, 5, 20)
+        },
+        "default": inverse("default", z)(),
+    }
+    faces(
+        {name: brightness(image) / preset.levels for name, image in rows.items()},
+        args.out / "reconstructed.png",
+    )
+    print_table(
+        ("tolerance", *(f"{what}, {name}" for name in METHODS for what in WHAT)),
+        [
+            [
+                f"{tolerance:.0e}",
+                *(
+                    WHAT[what].format(results[m]["tolerance"][i][what])
+                    for m in METHODS
+                    for what in WHAT
+                ),
+            ]
+            for i, tolerance in enumerate(TOLERANCES)
+        ],
+    )
+    print("\nWritten to", args.out)
+
+
+if __name__ == "__main__":
+    main()
