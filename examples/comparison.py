@@ -58,6 +58,10 @@ class Normflow(Transform):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns value and log-determinant, which may be an estimate."""
+        import normflows as nf
+
+        if self.flow.training:  # the norms of residual blocks follow their weights
+            nf.utils.update_lipschitz(self.flow, 5)
         return self.flow.inverse(x)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ def iresnet(features: int) -> Flow:
         net = nf.nets.LipschitzMLP(
             [features, 64, 64, features], init_zeros=True, lipschitz_const=0.9
         )
-        return nf.flows.Residual(net, reverse=False, reduce_memory=False)
+        return nf.flows.Residual(net, reduce_memory=False)
 
     return density(Foreign([block() for _ in range(8)], Normflow), features)
 
