@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs clean bench
+.PHONY: demo test lint bench docs links clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --out out
@@ -25,6 +25,9 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	$(BIN)/python -m sphinx --fail-on-warning --fresh-env docs build/docs
+
+links: docs
+	$(BIN)/python -m sphinx -b linkcheck -D nb_execution_mode=off docs build/links
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

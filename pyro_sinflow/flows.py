@@ -41,6 +41,8 @@ from .networks import MaskedNetwork
 from .substitution import substitute
 from .transforms import TriangularTransform
 
+_network = partial(MaskedNetwork, shortcut=True)
+
 
 class SinusoidalFlow(Flow):
     r"""Creates a Sinusoidal Flow.
@@ -67,9 +69,12 @@ class SinusoidalFlow(Flow):
             parameters of an affine map and of a chain of sinusoids come from a masked network.
         sinusoids: The number of sinusoids in a chain. If :py:`None`, 4 for the independent
             conditioner and 2 for the autoregressive one.
+        network: The constructor of the networks: a masked MLP, with a linear shortcut from features
+            to shifts, or what else takes the options of
+            :class:`pyro_sinflow.networks.MaskedNetwork`.
         kwargs: Keyword arguments passed to :class:`ConditionalLDU`, of which the autoregressive
-            conditioner takes ``components``, ``slope``, ``network``, ``hidden_features``,
-            ``activation``, ``residual``, ``dropout`` and ``solver``.
+            conditioner takes ``components``, ``slope``, ``hidden_features``, ``activation``,
+            ``residual``, ``dropout`` and ``solver``.
 
     Raises:
         TypeError: If an argument has the wrong type, or an option does not suit the conditioner.
@@ -91,6 +96,7 @@ class SinusoidalFlow(Flow):
         randperm: bool = False,
         conditioner: str = "independent",
         sinusoids: int | None = None,
+        network: Callable[..., nn.Module] = _network,
         **kwargs: Any,
     ) -> None:
         shape = check_sizes("features", features)
@@ -112,6 +118,7 @@ class SinusoidalFlow(Flow):
                         context,
                         sinusoids=4 if sinusoids is None else sinusoids,
                         order=order,
+                        network=network,
                         **kwargs,
                     )
                 )
@@ -124,11 +131,12 @@ class SinusoidalFlow(Flow):
                         context,
                         sinusoids=2 if sinusoids is None else sinusoids,
                         order=order,
+                        network=network,
                         **kwargs,
                     )
                 )
-        network = {k: kwargs[k] for k in ("hidden_features", "activation") if k in kwargs}
-        lazy.append(LazyAffine(shape, context, **network))
+        options = {k: kwargs[k] for k in ("hidden_features", "activation") if k in kwargs}
+        lazy.append(LazyAffine(shape, context, **options))
 
         base = UnconditionalDistribution(
             DiagNormal,

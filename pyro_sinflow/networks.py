@@ -51,7 +51,8 @@ class Shortcut(nn.Module):
     r"""Adds a linear map of the inputs to every n-th output of a network.
 
     Rectifiers take many steps to agree on a linear map. With one of its own, a flow has learned the
-    correlations of its features within a few, and its networks are free for the rest.
+    correlations of its features within a few, and its networks are free for the rest. Where
+    gradients are noisy, as those of an ELBO of few particles are, it passes the noise on.
 
     Args:
         network: The network.
@@ -76,7 +77,7 @@ class Shortcut(nn.Module):
 class MaskedNetwork(nn.Module):
     r"""Creates a network :math:`h_i = c_i(x_{<i}, c)`.
 
-    It is :class:`zuko.nn.MaskedMLP` over events of any shape and a context, and a
+    It is :class:`zuko.nn.MaskedMLP` over events of any shape and a context, perhaps with a
     :class:`Shortcut` to the first output of each feature, its shift.
 
     Args:
@@ -106,7 +107,7 @@ class MaskedNetwork(nn.Module):
         activation: Callable[[], nn.Module] | None = None,
         residual: bool = False,
         dropout: float = 0.0,
-        shortcut: bool = True,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
 

@@ -1,6 +1,7 @@
 """Forward substitution agrees with passes through the whole network, and knows its limits."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ from pyro_sinflow.substitution import Evaluation, Stages, substitute
 CASES = {
     "shift": lambda c: ConditionalLDU(11, c),
     "scale": lambda c: ConditionalLDU(11, c, scale=True, residual=True, hidden_features=(32,) * 4),
+    "shortcut": lambda c: ConditionalLDU(
+        11, c, scale=True, network=partial(MaskedNetwork, shortcut=True), residual=True
+    ),
     "order": lambda c: ConditionalLDU(11, c, order=torch.randperm(11)),
     "linear": lambda c: ConditionalLDU(11, c, hidden_features=()),
     "dropout": lambda c: ConditionalLDU(11, c, dropout=0.5),
@@ -130,7 +134,7 @@ def test_leaves_other_networks_alone(change, calls):
     options = {"activation": nn.PReLU} if "parameters" in change else {}
     network = MaskedNetwork(6, dropout=0.5 if change == "dropout" else 0.0, **options).network
     if change == "hook":
-        network.network[0].register_forward_hook(lambda *_: None)
+        network[0].register_forward_hook(lambda *_: None)
     arguments = (network, zuko.transforms.AdditiveTransform, [()], None, 1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         assert substitute(*arguments, torch.randn(5, 6), Solver()) is None
