@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import perturb
 
+from pyro_sinflow import LDU, SinusoidalFlow
 from pyro_sinflow.networks import MaskedNetwork, Shortcut
 
 
@@ -42,3 +43,12 @@ def test_the_jacobian_is_strictly_triangular(shortcut):
 def test_a_single_layer_needs_no_shortcut():
     assert isinstance(make(True).network, Shortcut)
     assert not isinstance(make(True, hidden_features=()).network, Shortcut)
+
+
+def test_densities_have_shortcuts_and_guides_have_none():
+    def shortcuts(module):
+        return sum(isinstance(part, Shortcut) for part in module.modules())
+
+    assert shortcuts(SinusoidalFlow(3, transforms=2)) == 4  # of L and U
+    assert shortcuts(SinusoidalFlow(3, transforms=2, conditioner="autoregressive")) == 2
+    assert shortcuts(LDU(3)) == 0
