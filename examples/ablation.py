@@ -27,7 +27,7 @@ from zuko.lazy import Flow, LazyComposedTransform, LazyTransform
 from zuko.transforms import AdditiveTransform, ComposedTransform
 
 from pyro_sinflow import SinusoidalFlow
-from pyro_sinflow.conditioners import LazySinusoids, LazyTriangular
+from pyro_sinflow.conditioners import LazyAffine, LazySinusoids, LazyTriangular
 from pyro_sinflow.networks import MaskedNetwork
 
 Scores = dict[str, list[float]]  # of each data set, for each seed
@@ -85,24 +85,24 @@ def literal(features: int) -> Flow:
     return density(LazyComposedTransform(*(LiteralBlock(features) for _ in range(3))), features)
 
 
-def sinusoids(flow: Flow) -> list[dict[str, nn.Parameter]]:
-    """Returns the parameters of the chains that do not come from networks."""
-    chains = (module for module in flow.modules() if isinstance(module, LazySinusoids))
-    return [dict(chain.named_parameters(recurse=False)) for chain in chains]
+def free(flow: Flow, kind: type[nn.Module]) -> list[dict[str, nn.Parameter]]:
+    """Returns the parameters, which do not come from networks, of all modules of a kind."""
+    modules = (module for module in flow.modules() if isinstance(module, kind))
+    return [dict(module.named_parameters(recurse=False)) for module in modules]
 
 
 def wave(flow: Flow, factor: float) -> Flow:
     """Multiplies the frequencies that sinusoids start with."""
     with torch.no_grad():
-        for chain in sinusoids(flow):
+        for chain in free(flow, LazySinusoids):
             frequency = chain["frequency"]
             frequency.copy_((factor * nn.functional.softplus(frequency)).expm1().log())
     return flow
 
 
-def groups(flow: Flow, rate: float, factor: float) -> list[dict[str, Any]]:
-    """Gives sinusoids another learning rate than networks."""
-    own = [p for chain in sinusoids(flow) for p in chain.values()]
+def groups(flow: Flow, kind: type[nn.Module], rate: float, factor: float) -> list[dict[str, Any]]:
+    """Gives the free parameters of a kind of modules another learning rate than networks."""
+    own = [p for parameters in free(flow, kind) for p in parameters.values()]
     others = [p for p in flow.parameters() if all(p is not q for q in own)]
     return [{"params": others}, {"params": own, "lr": factor * rate}]
 
@@ -154,8 +154,12 @@ def cases(conditioner: str) -> dict[str, Case]:
         return found
     for name, factor in (("half the frequencies", 0.5), ("twice the frequencies", 2.0)):
         found[name] = Case(lambda features, factor=factor: wave(make(features), factor))
-    faster = partial(groups, rate=default.budget.lr, factor=5.0)
-    found["sinusoids learn 5 times faster"] = Case(make, groups=faster)
+    for name, kind, factor in (
+        ("sinusoids learn 5 times faster", LazySinusoids, 5.0),
+        ("affine map learns 10 times slower", LazyAffine, 0.1),
+    ):
+        grouped = partial(groups, kind=kind, rate=default.budget.lr, factor=factor)
+        found[name] = Case(make, groups=grouped)
     if conditioner == "LDU blocks":
         found["the paper, literally"] = Case(literal)
     return found

@@ -150,6 +150,9 @@ class ElementWiseModule(LazyTransform):
 class LazyAffine(ElementWiseModule):
     r"""Creates a lazy element-wise affine transformation, the identity at first.
 
+    Its free log-scale counts tenfold. An optimiser that moves each parameter by about the learning
+    rate, as Adam does, would else take most of its steps to fit the scale of the noise.
+
     Args:
         features: The shape of an event.
         context: The number of context features.
@@ -169,7 +172,8 @@ class LazyAffine(ElementWiseModule):
 
     def forward(self, c: Tensor | None = None) -> Transform:
         """Returns the transformation, given a context."""
-        return MonotonicAffineTransform(*self.values(c))
+        loc, log_scale = self.values(c)
+        return MonotonicAffineTransform(loc, log_scale + 9 * self.log_scale)
 
 
 class LazySinusoids(ElementWiseModule):
