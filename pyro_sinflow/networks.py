@@ -1,4 +1,4 @@
-r"""Networks that map features to the parameters of triangular maps, and a context."""
+r"""Networks that map features, and a context, to the parameters of triangular maps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
     if order is None:
         return torch.arange(n)
     ranks = torch.as_tensor(order).flatten()
-    if ranks.is_floating_point() or ranks.tolist() != [*ranks.tolist()] or len(ranks) != n:
+    if ranks.is_floating_point() or ranks.dtype == torch.bool or len(ranks) != n:
         raise ValueError(f"'order' should hold {n} integers, got {order}.")
     if sorted(ranks.tolist()) != list(range(n)):
         raise ValueError(f"'order' should be a permutation of 0, ..., {n - 1}, got {order}.")
@@ -48,7 +48,7 @@ def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
 
 
 class Shortcut(nn.Module):
-    r"""Adds a linear map of the inputs to every n-th output of a network.
+    r"""Adds a linear map of the inputs to the first of every n outputs of a network.
 
     Rectifiers take many steps to agree on a linear map. With one of its own, a flow has learned the
     correlations of its features within a few, and its networks are free for the rest. Where
@@ -56,7 +56,7 @@ class Shortcut(nn.Module):
 
     Args:
         network: The network.
-        linear: The linear map, with one output for every n outputs of the network.
+        linear: The linear map, with one output for every n of the network.
     """
 
     def __init__(self, network: nn.Module, linear: nn.Module) -> None:

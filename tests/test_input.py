@@ -86,7 +86,11 @@ TABLE = [
     ("randperm", FLOWS, [1, "yes", None]),
     ("conditioner", ["SinusoidalFlow"], ["Independent", None, 3, ["independent"]]),
     ("conditioner", ["TriangularTransform"], [None, 3, "x", torch.zeros(3)]),
-    ("order", ["LDU", "ConditionalLDU"], [3, [0, 1], [0, 1, 1], [0, 1, 3], [0.0, 1.0, 2.0]]),
+    (
+        "order",
+        ["LDU", "ConditionalLDU"],
+        [3, [0, 1], [0, 1, 1], [0, 1, 3], [0.0, 1.0, 2.0], [True, False, True]],
+    ),
     ("order", FLOWS, [[0, 1, 2]]),
     ("scale", ["autoregressive"], [True]),
     ("context", ["LDU", "ldu"], [2]),
