@@ -92,7 +92,7 @@ def mixture(args: argparse.Namespace) -> Results:
     error = float(scores.std()) / len(scores) ** 0.5
     results = {"truth": {"score": float(scores.mean()), "error": error}}
 
-    budget = Budget(2 * args.steps, args.batch, lr=2e-2)
+    budget = Budget(2 * args.steps, args.batch, lr=1e-2)
     fig, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     for column, (name, make) in zip(axes.T, LINES.items(), strict=True):
         flow = train(f"mixture, {name}", make, data, budget, args)

@@ -46,13 +46,14 @@ def curves(results: dict[str, Any], path: Path) -> None:
         for ax, what in zip(axes, ("generation", "reconstruction"), strict=False):
             rows = found["tolerance"]
             ax.semilogx([r["tolerance"] for r in rows], [r[what] for r in rows], ".-", label=name)
-            ax.set(title=what, xlabel="tolerance", ylabel="time, in log-densities", ylim=(0, None))
+            ax.set(title=what, xlabel="tolerance", ylabel="time, in log-densities")
         rows = found["iterations"]
         axes[2].loglog(
             [r["iterations"] for r in rows], [r["distance"] for r in rows], ".-", label=name
         )
     for ax in axes[:2]:
         ax.invert_xaxis()
+        ax.set_ylim(bottom=0)
     axes[2].set(title="error", xlabel="most iterations", ylabel="distance to the original")
     axes[0].legend()
     fig.savefig(path, dpi=100)

@@ -21,10 +21,6 @@ from .networks import MaskedNetwork, check_context
 from .substitution import substitute
 from .transforms import SinusoidalChain, TriangularTransform
 
-# Scales in [1/10, 10]. With zuko's default of 1/1000, samples in the tails of a stack of blocks
-# soon leave the range of float32, and the density gains next to nothing.
-bounded_affine = partial(MonotonicAffineTransform, slope=0.1)
-
 
 def initial_sinusoids(*shape: int, components: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draws frequencies, phases and weights, each of shape ``(*shape, components)``.
@@ -46,13 +42,15 @@ def affine_chain(
     phase: Tensor,
     weight: Tensor,
     residual: Tensor,
+    max_scale: float,
     **kwargs: Any,
 ) -> Transform:
     """Composes an affine map and M sinusoids, from the outputs of a conditioner."""
     sinusoids = SinusoidalChain(
         frequency, phase, weight, residual, torch.zeros_like(residual), **kwargs
     )
-    return ComposedTransform(bounded_affine(loc, log_scale), sinusoids)
+    affine = MonotonicAffineTransform(loc, log_scale, slope=1 / max_scale)
+    return ComposedTransform(affine, sinusoids)
 
 
 class LazyTriangular(LazyTransform):

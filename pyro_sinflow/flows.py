@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -72,6 +73,9 @@ class SinusoidalFlow(Flow):
         network: The constructor of the networks: a masked MLP, with a linear shortcut from features
             to shifts, or what else takes the options of
             :class:`pyro_sinflow.networks.MaskedNetwork`.
+        max_scale: The largest factor, greater than 1, by which each of the affine maps whose scale
+            depends on other features stretches a feature; one over it is the smallest. Larger ones
+            gain little density, and send the odd sample far out into the tails.
         kwargs: Keyword arguments passed to :class:`ConditionalLDU`, of which the autoregressive
             conditioner takes ``components``, ``slope``, ``hidden_features``, ``activation``,
             ``residual``, ``dropout`` and ``solver``.
@@ -97,6 +101,7 @@ class SinusoidalFlow(Flow):
         conditioner: str = "independent",
         sinusoids: int | None = None,
         network: Callable[..., nn.Module] = _network,
+        max_scale: float = 2.0,
         **kwargs: Any,
     ) -> None:
         shape = check_sizes("features", features)
@@ -119,6 +124,7 @@ class SinusoidalFlow(Flow):
                         sinusoids=4 if sinusoids is None else sinusoids,
                         order=order,
                         network=network,
+                        max_scale=max_scale,
                         **kwargs,
                     )
                 )
@@ -132,6 +138,7 @@ class SinusoidalFlow(Flow):
                         sinusoids=2 if sinusoids is None else sinusoids,
                         order=order,
                         network=network,
+                        max_scale=max_scale,
                         **kwargs,
                     )
                 )
@@ -155,6 +162,7 @@ def autoregressive(
     sinusoids: int = 2,
     components: int = 4,
     slope: float = 1e-3,
+    max_scale: float = 2.0,
     network: Callable[..., nn.Module] = MaskedNetwork,
     solver: Solver = Solver(),
     **kwargs: Any,
@@ -167,6 +175,7 @@ def autoregressive(
         sinusoids: The number of sinusoids.
         components: The number of components K of each.
         slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
+        max_scale: The largest factor of the affine maps, greater than 1.
         network: The constructor of the network, which has to have a method ``set_bias``.
         solver: How the inverse is computed.
         kwargs: Keyword arguments passed to ``network``.
@@ -174,6 +183,7 @@ def autoregressive(
     check_size("sinusoids", sinusoids)
     check_size("components", components)
     check_real("slope", slope, 0.0, 1.0)
+    check_real("max_scale", max_scale, 1.0, math.inf)
     check_callable("network", network)
     check_instance("solver", solver, Solver)
     shapes = [(), (), *[(sinusoids, components)] * 3, (sinusoids,)]
@@ -191,7 +201,7 @@ def autoregressive(
             dim=1,
         )
     )
-    univariate = partial(affine_chain, slope=slope, solver=solver)
+    univariate = partial(affine_chain, max_scale=max_scale, slope=slope, solver=solver)
 
     return LazyTriangular(masked, features, univariate, shapes, solver)
 

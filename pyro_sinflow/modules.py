@@ -2,7 +2,9 @@ r"""Transforms that own their parameters, for Pyro, and conditional ones, for Py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
-from zuko.transforms import AdditiveTransform
+from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
 
 from ._checks import (
     check_callable,
@@ -24,7 +26,6 @@ from ._checks import (
 from .conditioners import (
     LazySinusoids,
     LazyTriangular,
-    bounded_affine,
     initial_sinusoids,
 )
 from .inversion import Solver
@@ -94,7 +95,8 @@ class ConditionalLDU(LazyTransform):
         context: The number of context features.
         sinusoids: The number of sinusoids in D ("D-scales" in the paper).
         components: The number of components K of each.
-        scale: Whether L and U carry a bounded log-scale, besides the shift. The paper's do not.
+        scale: Whether L and U scale features, besides shifting them. The paper's do not.
+        max_scale: The largest factor by which they do, greater than 1; one over it is the smallest.
         context_diagonal: Whether the context moves the parameters of D as well.
         order: The rank of each feature in L; U has the opposite order. If :py:`None`, features are
             in ascending order.
@@ -130,6 +132,7 @@ class ConditionalLDU(LazyTransform):
         sinusoids: int = 4,
         components: int = 4,
         scale: bool = False,
+        max_scale: float = 10.0,
         context_diagonal: bool = False,
         order: Sequence[int] | Tensor | None = None,
         slope: float = 1e-3,
@@ -145,6 +148,7 @@ class ConditionalLDU(LazyTransform):
         shape = check_sizes("features", features)
         check_size("context", context, minimum=0)
         check_flag("scale", scale)
+        check_real("max_scale", max_scale, 1.0, math.inf)
         check_flag("context_diagonal", context_diagonal)
         check_real("slope", slope, 0.0, 1.0)
         check_callable("network", network)
@@ -163,7 +167,8 @@ class ConditionalLDU(LazyTransform):
                 residual=residual,
                 dropout=dropout,
             )
-            univariate = bounded_affine if scale else AdditiveTransform
+            affine = partial(MonotonicAffineTransform, slope=1 / max_scale)
+            univariate = affine if scale else AdditiveTransform
             return LazyTriangular(masked, shape, univariate, shapes, solver)
 
         self.features = shape

@@ -93,6 +93,7 @@ TABLE = [
     ),
     ("order", FLOWS, [[0, 1, 2]]),
     ("scale", ["autoregressive"], [True]),
+    ("max_scale", NETWORKS, [1, 0.5, -2.0, "2", True, NAN, INF]),
     ("context", ["LDU", "ldu"], [2]),
     ("solver", [n for n in MAKE if n != "Solver"], ["newton", None, Solver]),
     ("method", ["Solver"], ["Newton", None, 3]),
