@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="of SVI (default: %(default)s)")
     parser.add_argument(
-        "--draws", type=int, default=1000, help="after half as many (default: %(default)s)"
+        "--draws", type=int, default=500, help="after half as many (default: %(default)s)"
     )
     args = parser.parse_args(argv)
 
