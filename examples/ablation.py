@@ -132,7 +132,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one sinusoid": {"sinusoids": 1},
     "eight components": {"components": 8},
     "least slope 0.05": {"slope": 0.05},
-    "scales from 1/10 to 10": {"max_scale": 10.0},
+    "scales from 0.1 to 10": {"max_scale": 10.0},
 }
 BUDGETS: dict[str, dict[str, Any]] = {
     "half the learning rate": {"lr": 1e-3},
@@ -152,7 +152,7 @@ def cases(conditioner: str) -> dict[str, Case]:
         name: Case(make, replace(default.budget, **changes)) for name, changes in BUDGETS.items()
     }
     if conditioner == "LDU blocks":  # they have no scales
-        del found["scales from 1/10 to 10"]
+        del found["scales from 0.1 to 10"]
     if conditioner == "autoregressive":
         return found
     for name, factor in (("half the frequencies", 0.5), ("twice the frequencies", 2.0)):
