@@ -20,6 +20,7 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoNormalizingFlow
 from torch import nn
 
 from pyro_sinflow import SinusoidalFlow, Solver, fast_inverse, ldu
+from pyro_sinflow.networks import MaskedNetwork
 from pyro_sinflow.sinusoid import constrain, evaluate
 from pyro_sinflow.transforms import SinusoidalChain
 
@@ -63,7 +64,14 @@ def training_step(parameters, loss):
 @pytest.fixture(scope="module")
 def paper_flow():
     torch.manual_seed(0)
-    flow = SinusoidalFlow(D, transforms=BLOCKS, sinusoids=SINUSOIDS, components=K, **NETWORK)
+    flow = SinusoidalFlow(
+        D,
+        transforms=BLOCKS,
+        sinusoids=SINUSOIDS,
+        components=K,
+        network=MaskedNetwork,  # without the shortcut, which the paper's networks have not
+        **NETWORK,
+    )
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.02 * torch.randn_like(p))

@@ -11,7 +11,7 @@ from pyro_sinflow import SinusoidalFlow
 
 GROUPS = {
     "matrix products of the networks": ("aten::mm", "aten::addmm"),
-    "sine and cosine": ("aten::sin", "aten::sin_", "aten::cos"),
+    "tangents": ("aten::tan", "aten::tan_"),
     "small matrix products of the sinusoids": ("aten::bmm",),
     "products, masks among them": ("aten::mul", "aten::mul_", "aten::addcmul"),
     "copies": ("aten::copy_", "aten::cat", "aten::fill_"),
