@@ -8,13 +8,11 @@ helps. A run that was interrupted goes on from there, if it is started again wit
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -22,7 +20,7 @@ import torch
 from comparison import DATA, density
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
-from training import Budget, evaluate, fit, print_table
+from training import Budget, arguments, evaluate, fit, print_table
 from zuko.lazy import Flow, LazyComposedTransform, LazyTransform
 from zuko.transforms import AdditiveTransform, ComposedTransform
 
@@ -61,7 +59,7 @@ class LiteralBlock(LazyTransform):
         order = torch.arange(features)
         self.upper, self.lower = (
             LazyTriangular(
-                MaskedNetwork(features, order=rank, shortcut=False),
+                MaskedNetwork(features, order=rank),
                 features,
                 AdditiveTransform,
                 [()],
@@ -122,7 +120,7 @@ DEFAULTS: dict[str, Callable[..., Flow]] = {
     "autoregressive": partial(plain, conditioner="autoregressive"),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "no shortcut": {"network": partial(MaskedNetwork, shortcut=False)},
+    "no shortcut": {"network": MaskedNetwork},
     "random order": {"randperm": True},
     "ELU": {"activation": nn.ELU},
     "residual networks": {"residual": True},
@@ -185,10 +183,7 @@ def show(conditioner: str, scores: dict[str, Scores]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits all flows to all data sets, from all seeds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="of each (default: %(default)s)")
     parser.add_argument(
         "--steps", type=int, default=400, help="of each flow (default: %(default)s)"

@@ -7,9 +7,7 @@ was interrupted goes on from there, if it is started again with the same options
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ from images import prepare
 from pyro.distributions.transforms import Permute, block_autoregressive
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
-from training import Budget, count, evaluate, fit, print_table
+from training import Budget, arguments, count, evaluate, fit, print_table, seconds
 from zuko.distributions import DiagNormal
 from zuko.lazy import Flow, LazyTransform, UnconditionalDistribution
 from zuko.transforms import ComposedTransform
@@ -160,16 +158,6 @@ DATA: dict[str, Callable[[], Data]] = {
 }
 
 
-def seconds(function: Callable[[], Any], rounds: int = 5) -> float:
-    """Returns the time of the shortest round; what takes long has but one."""
-    times: list[float] = []
-    while len(times) < rounds and sum(times) < 3:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def afford(seconds: float, make: Callable[[int], Flow], data: Data, checkpoint: Path) -> Budget:
     """Returns a budget of as many steps as take some seconds, given what the first 50 take.
 
@@ -232,10 +220,7 @@ def show(name: str, results: dict[str, dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits all flows to all data sets."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
         "--steps", type=int, default=400, help="of each flow, at most (default: %(default)s)"

@@ -7,7 +7,6 @@ compares their held-out log-likelihoods. The pictures are written to a folder.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,14 +20,12 @@ import torch
 import zuko
 from data import Data, patches
 from pyro.distributions.transforms import iterated
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormalizingFlow
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.infer.reparam import LocScaleReparam
-from pyro.optim import ClippedAdam
 from torch import Tensor, nn
-from tqdm import trange
-from training import Budget, count, evaluate, fit, print_table
+from training import Budget, arguments, count, evaluate, fit, infer, print_table
 from zuko.lazy import Flow
 
 from pyro_sinflow import SinusoidalFlow, ldu
@@ -81,14 +78,8 @@ def log_evidence() -> float:
 def fit_guide(name: str, guide: AutoGuide, lr: float, steps: int, draws: int = 20_000) -> Posterior:
     """Fits a guide by SVI, and draws from it."""
     pyro.clear_param_store()
-    optimiser = ClippedAdam({"lr": lr, "lrd": 0.05 ** (1 / steps)})
     loss = Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(schools, guide, optimiser, loss)
-    progress = trange(steps, desc=name)
-    for _ in progress:
-        value = svi.step()
-        progress.set_postfix(elbo=f"{-value:.2f}", refresh=False)
-
+    infer(name, schools, guide, loss, lr, steps, last=0.05)
     with torch.no_grad():
         # The mean log-weight is the evidence lower bound.
         weights, trace, _ = vectorized_importance_weights(
@@ -242,10 +233,7 @@ def densities(steps: int, out: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs both parts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser = arguments(__doc__, "folder for the pictures")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
         "--guide-steps", type=int, default=1000, help="SVI steps (default: %(default)s)"

@@ -12,7 +12,6 @@ import argparse
 import json
 import timeit
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -21,7 +20,7 @@ import torch.distributions as dist
 import zuko
 from data import TOYS, Data, standardise, toy
 from torch import Tensor, nn
-from training import Budget, count, evaluate, fit, print_table
+from training import Budget, arguments, count, evaluate, fit, print_table
 from zuko.lazy import Flow
 
 from pyro_sinflow import SinusoidalFlow, SinusoidalTransform
@@ -202,12 +201,7 @@ FIGURES = {"2": staircase, "3": mixture, "4": planes}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for pictures, results and checkpoints"
-    )
+    parser = arguments(__doc__, "folder for pictures, results and checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
         "--figures", nargs="+", choices=FIGURES, default=[*FIGURES], help="figures (default: all)"

@@ -21,7 +21,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import iterated
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoContinuous,
     AutoIAFNormal,
@@ -30,10 +30,8 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size
-from pyro.optim import ClippedAdam
 from torch import Tensor
-from tqdm import trange
-from training import print_table
+from training import arguments, infer, print_table
 
 from pyro_sinflow import ldu
 
@@ -58,11 +56,8 @@ GUIDES: dict[str, Callable[[], AutoContinuous]] = {
 
 def fit_guide(name: str, guide: AutoContinuous, args: argparse.Namespace) -> AutoContinuous:
     """Fits a guide by SVI."""
-    optimiser = ClippedAdam({"lr": 1e-2, "lrd": 0.02 ** (1 / args.steps)})
-    elbo = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(funnel, guide, optimiser, elbo)
-    for _ in trange(args.steps, desc=name):
-        svi.step()
+    loss = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=0)
+    infer(name, funnel, guide, loss, 1e-2, args.steps)
     return guide.requires_grad_(False)
 
 
@@ -104,10 +99,7 @@ def picture(draws: dict[str, dict[str, Tensor]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws from the funnel with and without guides."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="of SVI (default: %(default)s)")
     parser.add_argument(

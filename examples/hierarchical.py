@@ -22,7 +22,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import iterated
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDiagonalNormal,
     AutoGuide,
@@ -31,11 +31,9 @@ from pyro.infer.autoguide import (
     AutoNormalizingFlow,
 )
 from pyro.infer.importance import vectorized_importance_weights
-from pyro.optim import ClippedAdam
 from sklearn.datasets import load_diabetes
 from torch import Tensor
-from tqdm import trange
-from training import print_table
+from training import arguments, infer, print_table
 
 from pyro_sinflow import ldu
 
@@ -86,11 +84,8 @@ def fit_guide(
     """Fits a guide by SVI, and returns draws and the ELBO with its standard error."""
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    optimiser = ClippedAdam({"lr": 5e-3, "lrd": 0.02 ** (1 / args.steps)})
-    elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model, guide, optimiser, elbo)
-    for _ in trange(args.steps, desc=name):
-        svi.step(*data)
+    loss = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)
+    infer(name, model, guide, loss, 5e-3, args.steps, lambda: data)
     with torch.no_grad():
         weights, trace, _ = vectorized_importance_weights(
             model, guide, *data, num_samples=args.draws, max_plate_nesting=1, normalized=False
@@ -131,10 +126,7 @@ def picture(posteriors: dict[str, Draws], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits all guides, and compares them with NUTS."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3000, help="of SVI (default: %(default)s)")
     parser.add_argument(

@@ -8,7 +8,6 @@ again with the same options.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from torch.distributions import (
     SigmoidTransform,
     Transform,
 )
-from training import Budget, count, fit, print_table
+from training import Budget, arguments, count, fit, print_table
 from zuko.lazy import Flow
 
 from pyro_sinflow import PixelCNN, SinusoidalFlow, record_inversions
@@ -98,21 +97,16 @@ def bits_per_dimension(d: Distribution, x: Tensor, brightness: Transform) -> Ten
     return (ladj.sum(dim=1) - d.log_prob(x)) / (ladj.shape[1] * math.log(2))
 
 
-def sheet(images: Tensor, columns: int = 10) -> Tensor:
+def sheet(images: Tensor, columns: int = 10, border: float = 0.5) -> Tensor:
     """Arranges images with values from 0 to 1 in rows, with shape (height, width, C)."""
-    images = nn.functional.pad(images.clamp(0, 1), (1, 1, 1, 1), value=0.5)
+    images = nn.functional.pad(images.clamp(0, 1), (1, 1, 1, 1), value=border)
     rows = [torch.cat([*row], dim=2) for row in images.split(columns)]
     return torch.cat(rows, dim=1).movedim(0, 2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits the flows, prints the table and draws the samples."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for picture, results and checkpoints"
-    )
+    parser = arguments(__doc__, "folder for picture, results and checkpoints")
     parser.add_argument(
         "--data", choices=PRESETS, default="digits", help="data set (default: %(default)s)"
     )

@@ -8,7 +8,6 @@ folder, with a picture of the passes.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -25,7 +24,7 @@ from data import Data, patches
 from torch import Tensor, nn
 from torch.distributions import Transform
 from tqdm import tqdm, trange
-from training import Budget, fit, print_table
+from training import Budget, arguments, fit, print_table
 
 from pyro_sinflow import InversionError, SinusoidalFlow, SinusoidalTransform, record_inversions
 
@@ -181,10 +180,7 @@ def cell(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the three parts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
         "--activation", help="of the networks, such as Tanh (default: that of the flow)"

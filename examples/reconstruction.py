@@ -9,9 +9,7 @@ interrupted, or of images.py with the same options, is taken up.
 
 from __future__ import annotations
 
-import argparse
 import json
-import timeit
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 from images import CNN, PRESETS, prepare, sheet
 from torch import Tensor
-from training import fit, print_table
+from training import arguments, fit, print_table, seconds
 
 from pyro_sinflow import InversionWarning, SinusoidalFlow, Solver
 
@@ -32,11 +30,6 @@ TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 ITERATIONS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 
 WHAT = {"generation": "{:.1f}", "reconstruction": "{:.1f}", "distance": "{:.1e}"}
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """Returns the time of the shortest of three rounds."""
-    return min(timeit.repeat(function, number=1, repeat=3))
 
 
 def curves(results: dict[str, Any], path: Path) -> None:
@@ -73,10 +66,7 @@ def faces(rows: dict[str, Tensor], path: Path, columns: int = 20) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits the flow, and inverts it in many ways."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument(
         "--data", choices=PRESETS, default="digits", help="data set (default: %(default)s)"
     )
@@ -115,19 +105,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         return float((y - x).flatten(1).square().sum(dim=1).mean().sqrt())
 
     with torch.no_grad():
-        unit = seconds(lambda: fitted().log_prob(x))
+        unit = seconds(lambda: fitted().log_prob(x), 3)
         z = fitted().transform(x)
     results: dict[str, Any] = {}
     for name in METHODS:
         results[name] = {"tolerance": [], "iterations": []}
         for tolerance in TOLERANCES:
             options = {"tolerance": tolerance, "max_iter": max(ITERATIONS)}
+            reconstruct = inverse(name, z, **options)
             results[name]["tolerance"].append(
                 {
                     "tolerance": tolerance,
-                    "generation": seconds(inverse(name, noise, **options)) / unit,
-                    "reconstruction": seconds(inverse(name, z, **options)) / unit,
-                    "distance": distance(inverse(name, z, **options)()),
+                    "generation": seconds(inverse(name, noise, **options), 3) / unit,
+                    "reconstruction": seconds(reconstruct, 3) / unit,
+                    "distance": distance(reconstruct()),
                 }
             )
         for n in ITERATIONS:

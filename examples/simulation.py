@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -22,7 +21,7 @@ import torch
 import zuko
 from torch import Size, Tensor, nn
 from tqdm import trange
-from training import print_table
+from training import arguments, print_table
 from zuko.lazy import Flow
 
 from pyro_sinflow import SinusoidalFlow
@@ -135,10 +134,7 @@ def ranks(posterior: Posterior, pairs: Pairs, n: int) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs both tasks with the clients that are asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument("--client", nargs="+", choices=CLIENTS, default=[*CLIENTS], help="clients")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(

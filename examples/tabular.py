@@ -9,7 +9,6 @@ started again with the same options.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -26,7 +25,7 @@ import torch
 from data import Data, breast_cancer, patches, standardise
 from torch import Tensor
 from tqdm import tqdm
-from training import Budget, count, evaluate, fit, print_table
+from training import Budget, arguments, count, evaluate, fit, print_table
 
 from pyro_sinflow import SinusoidalFlow
 
@@ -235,10 +234,7 @@ SHIPPED: dict[str, Callable[[], Data]] = {"patches": patches, "breast cancer": b
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits the flow, and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument(
         "--data", nargs="+", choices=[*PRESETS, *SHIPPED], default=[*PRESETS], help="data sets"
     )

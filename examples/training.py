@@ -1,18 +1,23 @@
-"""What the examples share: fitting a flow by maximum likelihood, scoring it, printing a table."""
+"""What the examples share: fits of flows and guides, scores, times, tables and arguments."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
-from collections.abc import Iterable, Sequence
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from data import Data
+from pyro.infer import ELBO, SVI
+from pyro.optim import ClippedAdam
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm, trange
 from zuko.lazy import Flow
 
 
@@ -141,3 +146,51 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     print("\n" + "\n".join(lines), flush=True)
+
+
+def infer(
+    name: str,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    loss: ELBO,
+    lr: float,
+    steps: int,
+    batch: Callable[[], Sequence[Any]] = tuple,
+    last: float = 0.02,
+) -> None:
+    """Fits a guide by stochastic variational inference.
+
+    Args:
+        name: What the progress bar says.
+        model: The model.
+        guide: The guide.
+        loss: The loss.
+        lr: The learning rate at first.
+        steps: The number of steps of the optimiser, ClippedAdam.
+        batch: Returns the arguments of model and guide for a step.
+        last: The share of the learning rate that is left at the end.
+    """
+    svi = SVI(model, guide, ClippedAdam({"lr": lr, "lrd": last ** (1 / steps)}), loss)
+    with trange(steps, desc=name) as bar:
+        for _ in bar:
+            value = svi.step(*batch())
+            bar.set_postfix(elbo=f"{-value:.2f}", refresh=False)
+
+
+def seconds(function: Callable[[], Any], rounds: int = 5) -> float:
+    """Returns the time of the shortest round; what takes long has but one."""
+    times: list[float] = []
+    while len(times) < rounds and sum(times) < 3:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def arguments(description: str | None, out: str = "folder for the results") -> ArgumentParser:
+    """Returns a parser of a script's arguments, with the folder that all scripts ask for."""
+    parser = ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help=out)
+    return parser

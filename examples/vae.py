@@ -7,7 +7,6 @@ sampling, of held-out digits are printed; JSON and a picture of samples are writ
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,12 +18,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 from data import digits
+from images import sheet
 from pyro.distributions.transforms import affine_autoregressive, iterated
-from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import ClippedAdam
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
-from tqdm import trange
-from training import print_table
+from training import arguments, infer, print_table
 
 from pyro_sinflow import ldu
 
@@ -105,23 +103,12 @@ PRIORS: dict[str, Callable[[], Any]] = {
 }
 
 
-def fit(name: str, vae: VAE, train: Tensor, args: argparse.Namespace) -> VAE:
-    """Fits an autoencoder by SVI."""
-    optimiser = ClippedAdam({"lr": 2e-3, "lrd": 0.02 ** (1 / args.steps)})
-    svi = SVI(vae.model, vae.guide, optimiser, Trace_ELBO())
-    for _ in trange(args.steps, desc=name):
-        svi.step(train[torch.randint(len(train), (128,))])
-    return vae
-
-
 def picture(sheets: dict[str, Tensor], path: Path) -> None:
     """Draws a sheet of images for each prior."""
     fig, axes = plt.subplots(1, len(sheets), figsize=(3.2 * len(sheets), 3.5), layout="constrained")
     for ax, (name, images) in zip(axes, sheets.items(), strict=True):
-        side = int(len(images) ** 0.5)
-        tiles = nn.functional.pad(images.reshape(side, side, 8, 8), (1, 1, 1, 1))
-        grid = tiles.permute(0, 2, 1, 3).reshape(10 * side, 10 * side)
-        ax.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
+        tiles = sheet(images.reshape(-1, 1, 8, 8), columns=8, border=0.0)
+        ax.imshow(tiles, cmap="gray_r", vmin=0, vmax=1)
         ax.set(title=name, xticks=[], yticks=[])
     fig.savefig(path, dpi=100)
     plt.close(fig)
@@ -129,10 +116,7 @@ def picture(sheets: dict[str, Tensor], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits an autoencoder with each prior."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6000, help="of SVI (default: %(default)s)")
     parser.add_argument(
@@ -142,13 +126,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     train, _, test = (torch.as_tensor(part, dtype=torch.float32).flatten(1) for part in digits())
+
+    def batch() -> list[Tensor]:
+        return [train[torch.randint(len(train), (128,))]]
+
     sheets = {"data": test[:64] / LEVELS}
     results: dict[str, dict[str, float]] = {}
     normal = torch.zeros(len(test))
     for name, make in PRIORS.items():
         pyro.clear_param_store()
         pyro.set_rng_seed(args.seed)
-        vae = fit(name, VAE(make()), train, args)
+        vae = VAE(make())
+        infer(name, vae.model, vae.guide, Trace_ELBO(), 2e-3, args.steps, batch)
         weights = vae.weights(test, args.draws)
         evidence = weights.logsumexp(dim=0) - math.log(args.draws)
         normal = evidence if name == "normal" else normal

@@ -113,35 +113,27 @@ class SinusoidalFlow(Flow):
             raise TypeError("'order' is not an option of SinusoidalFlow: use 'randperm'.")
         ascending = torch.arange(shape.numel())
 
+        independent = conditioner == "independent"
+        make: Callable[..., LazyTransform] = ConditionalLDU if independent else autoregressive
+        if sinusoids is None:
+            sinusoids = 4 if independent else 2
+
         lazy: list[LazyTransform] = []
         for i in range(transforms):
             order = torch.randperm(shape.numel()) if randperm else ascending
-            if conditioner == "independent":
-                lazy.append(
-                    ConditionalLDU(
-                        shape,
-                        context,
-                        sinusoids=4 if sinusoids is None else sinusoids,
-                        order=order,
-                        network=network,
-                        max_scale=max_scale,
-                        **kwargs,
-                    )
+            if i % 2 and not randperm and not independent:
+                order = order.flip(0)
+            lazy.append(
+                make(
+                    shape,
+                    context,
+                    sinusoids=sinusoids,
+                    order=order,
+                    network=network,
+                    max_scale=max_scale,
+                    **kwargs,
                 )
-            else:
-                if i % 2 and not randperm:
-                    order = order.flip(0)
-                lazy.append(
-                    autoregressive(
-                        shape,
-                        context,
-                        sinusoids=2 if sinusoids is None else sinusoids,
-                        order=order,
-                        network=network,
-                        max_scale=max_scale,
-                        **kwargs,
-                    )
-                )
+            )
         options = {k: kwargs[k] for k in ("hidden_features", "activation") if k in kwargs}
         lazy.append(LazyAffine(shape, context, **options))
 

@@ -6,7 +6,6 @@ pictures. Times are in units of one log-density, memory is the peak of all tenso
 
 import argparse
 import sys
-import time
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -20,7 +19,7 @@ from pyro_sinflow import SinusoidalFlow, fast_inverse, record_inversions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from data import Data, patches
-from training import Budget, fit, print_table
+from training import Budget, fit, print_table, seconds
 
 FEATURES = (8, 32, 128, 512)
 BATCHES = tuple(4**k for k in range(9))  # up to 65,536
@@ -44,16 +43,6 @@ def trained(name, features, args, **options):
     flow = FLOWS[name](features, **options)
     flow = fit(said, flow, data, Budget(args.steps, lr=1e-3), args.out / f"{said}.pt")
     return flow, data.test
-
-
-def seconds(function, rounds):
-    """Returns the shortest of some rounds; a function that takes long has but one."""
-    times = []
-    while len(times) < rounds and sum(times) < 3:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def peak(function):
