@@ -16,7 +16,7 @@ Algorithm 1 of the paper, a fixed-point iteration for both, is the method ``"ban
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -88,9 +88,8 @@ class Inversion(NamedTuple):
     Args:
         problem: ``"sinusoid"``, ``"triangular"`` or ``"adjoint"``.
         iterations: For a chain of sinusoids, the most that any element of any of them took. For a
-            triangular map, the passes through its network; where features are settled block by
-            block (by forward substitution), the most passes that a block took, each
-            of which costs no more than the block's share of the network.
+            triangular map, the passes through its network; 1 where features are settled one after
+            the other, by forward substitution.
         elements: The size of the solution, batch included.
     """
 
@@ -141,20 +140,20 @@ def _missed(problem: str, worst: Tensor, tolerance: float, iterations: int) -> s
 
 
 class Increasing(Protocol):
-    """An increasing function of each element of x, with shape (B, 1, N)."""
+    """An increasing function of each element of x, with shape (B, N)."""
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Bounds of the magnitudes of second and third derivative, with shape (B, 1, 1)."""
+        """Bounds of the magnitudes of second and third derivative, with shape (B, 1) or (B, N)."""
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns value, slope and second derivative, with shape (B, 1, N)."""
+        """Returns value, slope and second derivative, with shape (B, N)."""
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns a lower and an upper bound of the root, with shape (B, 1, N)."""
+        """Returns a lower and an upper bound of the root, with shape (B, N)."""
 
-    def take(self, rows: Tensor) -> Increasing:
-        """Returns the functions of some of the B rows."""
+    def take(self, where: tuple[Tensor, ...]) -> Increasing:
+        """Returns the functions of some elements, given their indices, as a single row."""
 
 
 class Root(NamedTuple):
@@ -174,12 +173,12 @@ def solve_bracketed(function: Increasing, y: Tensor, start: Tensor, solver: Solv
 
     Args:
         function: The function :math:`f`, with bounds of its derivatives and of its root.
-        y: The values to invert, with shape :math:`(B, 1, N)`.
-        start: The first guess, with shape :math:`(B, 1, N)`.
+        y: The values to invert, with shape :math:`(B, N)`.
+        start: The first guess, with shape :math:`(B, N)`.
         solver: Method, tolerance and number of iterations.
 
     Returns:
-        The root, with shape :math:`(B, 1, N)`, to :func:`report`.
+        The root, with shape :math:`(B, N)`, to :func:`report`.
     """
     if solver.method == "banach":
         return _banach(function, y, start, solver)
@@ -245,14 +244,12 @@ def _halley(function: Increasing, y: Tensor, x: Tensor, solver: Solver) -> Root:
         return Root(x, iteration, y.new_zeros(()))
 
     rest = torch.ones_like(y, dtype=torch.bool) if iteration < 2 else ~arrived
-    where = rest.flatten().nonzero().squeeze(-1)
-
-    def pick(tensor: Tensor) -> Tensor:
-        return tensor.flatten()[where].reshape(-1, 1, 1)
-
-    part = function.take(where // x.shape[-1])
-    solved, iterations, worst = _safeguarded(part, pick(y), pick(x), solver, limit - iteration)
-    x = x.flatten().index_copy(0, where, solved.flatten()).view_as(x)
+    where = rest.nonzero(as_tuple=True)
+    some_y, some_x = y[where].unsqueeze(0), x[where].unsqueeze(0)
+    solved, iterations, worst = _safeguarded(
+        function.take(where), some_y, some_x, solver, limit - iteration
+    )
+    x = x.index_put(where, solved.squeeze(0))
     return Root(x, iteration + iterations, worst)
 
 
@@ -295,13 +292,13 @@ class TriangularMap(NamedTuple):
     Args:
         conditioner: Returns, given x, the element-wise increasing :math:`\tau` as a transform.
         event_dim: The number of dimensions of an event.
-        substitute: Returns the root by forward substitution, given y and a solver, or
-            :py:`None` where the iteration is the better way.
+        substitute: Returns the root by forward substitution, given y, or :py:`None` where
+            the iteration is the better way.
     """
 
     conditioner: Callable[[Tensor], Transform]
     event_dim: int
-    substitute: Callable[[Tensor, Solver], Tensor | None] | None = None
+    substitute: Callable[[Tensor], Tensor | None] | None = None
 
     def at(self, x: Tensor) -> Transform:
         """Returns the element-wise transform for the conditioner's input x."""
@@ -323,37 +320,6 @@ def _largest(dtype: torch.dtype) -> float:
     zero would spoil the features that are.
     """
     return torch.finfo(dtype).max ** 0.5
-
-
-def _iterate(
-    step: Callable[[Tensor], Tensor],
-    x: Tensor,
-    limit: int,
-    aim: float,
-    unseen: int = 0,
-    exact: bool = False,
-) -> tuple[Tensor, int, bool]:
-    """Iterates a nilpotent step, and returns x, the number of passes and whether x is settled.
-
-    It does not look at the first ``unseen`` passes. With ``exact``, x is known to be settled after
-    the last pass, though not to be finite.
-    """
-    largest = _largest(x.dtype)
-    look, least = readable(x), x.new_full((), aim)
-    for iteration in range(1, limit + 1):
-        new = step(x)
-        if iteration == limit and exact:
-            return new.clamp(-largest, largest), limit, True
-        # The change is NaN where the step is not finite.
-        done = (
-            look
-            and iteration > unseen
-            and bool(((new - x).abs() <= torch.add(least, new.abs(), alpha=aim)).all())
-        )
-        x = new.nan_to_num(nan=0.0).clamp(-largest, largest)
-        if done:
-            return x, iteration, True
-    return x, limit, False
 
 
 def _cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
@@ -395,9 +361,18 @@ def _settle(
     limit = min(bound, solver.max_iter or (100 if solver.method == "banach" else bound))
     aim, tolerance = solver.tolerances(x.dtype)
 
-    x, iterations, done = _iterate(step, x, limit, aim)
-    _record(problem, iterations, x.numel())
-    if done or not readable(x) or not x.numel() or features == 1:
+    largest, least, look = _largest(x.dtype), x.new_full((), aim), readable(x)
+    done = False
+    iteration = 0
+    while iteration < limit and not done:
+        iteration += 1
+        new = step(x)
+        if look:  # the change is NaN where the step is not finite
+            change = (new - x).abs()
+            done = bool((change <= torch.add(least, new.abs(), alpha=aim)).all())
+        x = new.nan_to_num(nan=0.0).clamp(-largest, largest)
+    _record(problem, iteration, x.numel())
+    if done or not look or not x.numel() or features == 1:
         return x
     # The bound makes x exact, if the map is what it should be: one more pass tells.
     new, inside = _cut_off(step(x), event_dim)
@@ -414,43 +389,20 @@ def _settle(
     return torch.where(inside, x, new)
 
 
-def solve_blocks(
-    blocks: Iterable[tuple[Tensor, int, Callable[[Tensor], Tensor]]], x: Tensor, solver: Solver
-) -> Tensor:
-    """Solves a triangular system of equations block by block, by forward substitution.
+def solved(x: Tensor) -> Tensor:
+    """Records a root that forward substitution has found, and keeps it in range.
 
     Args:
-        blocks: For each block the indices of its features, the number of passes after which its
-            iteration is exact, and its nilpotent step, which may rely on the blocks before it.
-        x: Where the blocks find the solution, with shape :math:`(D, N)`.
-        solver: Tolerance and number of iterations.
-
-    Returns:
-        The solution, with shape :math:`(N, D)`.
+        x: The root, with shape (N, D).
 
     Raises:
         InversionError: If every event leaves the range of the dtype.
 
     Warns:
-        InversionWarning: If some do, or ``solver.max_iter`` is too small.
+        InversionWarning: If some do.
     """
-    aim, tolerance = solver.tolerances(x.dtype)
-    most = 0
-    for block, passes, step in blocks:
-        limit = min(passes, solver.max_iter or passes)
-        start = x.new_zeros(len(block), x.shape[1])
-        # Neighbouring blocks take about as many passes.
-        part, iterations, done = _iterate(step, start, limit, aim, most - 2, limit == passes)
-        if not done:
-            new = step(part)
-            worst = ((new - part).abs() / (1 + new.abs())).max()
-            if not worst <= tolerance:
-                message = _missed("triangular", worst, tolerance, limit)
-                warnings.warn(message, InversionWarning, stacklevel=2)
-        x[block] = part
-        most = max(most, iterations)
-    _record("triangular", most, x.numel())
-    return _cut_off(x.t(), 1)[0]
+    _record("triangular", 1, x.numel())
+    return _cut_off(x, 1)[0]
 
 
 def solve_triangular(
@@ -458,7 +410,7 @@ def solve_triangular(
 ) -> Tensor:
     """Inverts a triangular map by nilpotent iteration, recorded by autograd pass by pass."""
     if function.substitute is not None and solver.method == "newton" and readable(y):
-        x = function.substitute(y, solver)
+        x = function.substitute(y)
         if x is not None:
             return x
     start = y if solver.method == "banach" else torch.zeros_like(y)

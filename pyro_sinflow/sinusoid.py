@@ -16,15 +16,18 @@ sine and one cosine per component, and one small matrix product; so does its gra
 size :math:`N \times D \times K` outlives the call: the backward pass keeps inputs and slopes, and
 computes the rest again.
 
-All functions work in one layout, which :func:`_align` makes: rows of numbers, one row for each of
-the ``B`` sets of parameters. ``x`` has shape :math:`(B, N)`, ``a``, ``c`` and ``s`` have shape
-:math:`(B, M, K)`, for the M sinusoids of a chain, and ``d`` has shape :math:`(B, M)`.
+All functions work in one layout, which :func:`_align` makes. Components come first in memory, then
+the M sinusoids of a chain, and numbers last, so that all operations run over contiguous memory.
+``x`` has shape :math:`(B, N)`. ``a``, ``c`` and ``s`` have shape :math:`(K, M, B, P)`, and ``d``
+has shape :math:`(M, B, P)`, where P is 1 if the N numbers of a row share their parameters, and N if
+each has its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -41,15 +44,15 @@ _BLOCK = 2**20
 class Chain(NamedTuple):
     """The parameters of a chain of M sinusoids."""
 
-    a: Tensor  # angular frequency > 0, (*, M, K)
-    c: Tensor  # amplitude of the slope's cosine, (*, M, K)
-    s: Tensor  # amplitude of the slope's sine, (*, M, K)
-    d: Tensor  # shift, (*, M)
+    a: Tensor  # angular frequency > 0, (K, M, *)
+    c: Tensor  # amplitude of the slope's cosine, (K, M, *)
+    s: Tensor  # amplitude of the slope's sine, (K, M, *)
+    d: Tensor  # shift, (M, *)
 
     @property
     def batch_shape(self) -> Size:
-        """The common shape of the parameters, without the M sinusoids and K components."""
-        return broadcast(*(p.shape[:-2] for p in self[:3]), self.d.shape[:-1])
+        """The common shape of the parameters, without the K components and M sinusoids."""
+        return broadcast(*(p.shape[2:] for p in self[:3]), self.d.shape[1:])
 
 
 def constrain(
@@ -61,20 +64,37 @@ def constrain(
     *,
     slope: float,
 ) -> Chain:
-    """Maps unconstrained tensors to a chain of sinusoids whose slopes exceed ``slope``."""
+    """Maps unconstrained tensors to a chain of sinusoids whose slopes exceed ``slope``.
+
+    Args:
+        frequency: The unconstrained frequencies, with shape (*, M, K).
+        phase: The phases, with shape (*, M, K).
+        weight: The unconstrained weights, with shape (*, M, K).
+        residual: The unconstrained residual weights, with shape (*, M).
+        shift: The shifts, with shape (*, M).
+        slope: The smallest slope.
+    """
     dtype = torch.promote_types(frequency.dtype, torch.float32)
     # At a = 0 the sinusoid has a limit, x + d + c x, and a frequency this small reaches it to the
     # last digit, while P / a stays clear of 0 / 0 and of denormal numbers.
     smallest = math.sqrt(torch.finfo(dtype).tiny)
-    angle = 2 * phase.to(dtype)
-    alpha = (1 - slope) * residual.to(dtype).tanh()
-    amplitude = alpha.unsqueeze(-1) * weight.to(dtype).softmax(dim=-1)
+    vectors, scalars = (frequency, phase, weight), (residual, shift)
+    batch = max(*(t.ndim - 2 for t in vectors), *(t.ndim - 1 for t in scalars))
+
+    def leading(t: Tensor, event: int) -> Tensor:
+        t = t.to(dtype)[(None,) * (batch + event - t.ndim)]
+        return t.permute(*range(t.ndim - 1, batch - 1, -1), *range(batch)).contiguous()
+
+    frequency, phase, weight = (leading(t, 2) for t in vectors)
+    residual, shift = (leading(t, 1) for t in scalars)
+    angle = 2 * phase
+    amplitude = ((1 - slope) * residual.tanh()) * weight.softmax(dim=0)
 
     return Chain(
-        a=F.softplus(frequency.to(dtype)).clamp_min(smallest),
+        a=F.softplus(frequency).clamp_min(smallest),
         c=-amplitude * angle.cos(),
         s=amplitude * angle.sin(),
-        d=shift.to(dtype),
+        d=shift,
     )
 
 
@@ -90,16 +110,19 @@ def _align(x: Tensor, chain: Chain) -> tuple[Tensor, Chain, Size]:
     varying = [*batch]
     while varying and varying[0] == 1:
         varying.pop(0)
-    if varying != [*shape[len(shape) - len(varying) :]]:
-        varying, batch = [*shape], shape  # the parameters vary with the batch: each x has its own
-    rows = math.prod(varying)
-    shared = math.prod(shape[: len(shape) - len(varying)])
+    cut = len(shape) - len(varying)
+    shared, rows, own = shape[:cut].numel(), batch.numel(), 1
+    if shared == 1 or varying != [*shape[cut:]]:  # each number has its own parameters
+        shared, rows, own, batch = 1, 1, shape.numel(), shape
 
     def flat(q: Tensor, event: int) -> Tensor:
-        kept = q.shape[q.ndim - event :]
-        return q if q.shape == (rows, *kept) else q.expand(*batch, *kept).reshape(rows, *kept)
+        kept, given = q.shape[:event], q.shape[event:]
+        if given != batch:
+            q = q.reshape(*kept, *(len(batch) - len(given)) * (1,), *given).expand(*kept, *batch)
+        return q.reshape(*kept, rows, own)
 
-    x = x.expand(shape).reshape(shared, rows).t().contiguous()
+    x = x.expand(shape)
+    x = x.reshape(1, -1) if rows == 1 else x.reshape(shared, rows).t().contiguous()
     return x, Chain(flat(chain.a, 2), flat(chain.c, 2), flat(chain.s, 2), flat(chain.d, 1)), shape
 
 
@@ -116,76 +139,103 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b)
 
 
-def _features(x: Tensor, a: Tensor, extra: Tensor, space: Tensor | None = None) -> Tensor:
-    """Returns P, Q and extra features, stacked.
-
-    Components come first in memory, so that all operations run over contiguous numbers.
+def _features(
+    x: Tensor, a: Tensor, powers: Sequence[int] = (), space: Tensor | None = None
+) -> Tensor:
+    """Returns P, Q and powers of x, stacked.
 
     Args:
-        x: The numbers, with shape (B, N).
-        a: The frequencies, with shape (K, B, 1).
-        extra: Other features, with shape (E, B, N).
-        space: Memory of shape (2K + E, B, N) that is overwritten, or :py:`None`.
+        x: The numbers, with shape (*, N).
+        a: The frequencies, with shape (K, *, P).
+        powers: The E powers.
+        space: Memory of shape (2K + E, *, N) that is overwritten, or :py:`None`.
 
     Returns:
-        The features, with shape (B, 2K + E, N).
+        The features, with shape (2K + E, *, N).
     """
+    extra = [x**power if power else torch.ones_like(x) for power in powers]
     if space is None:
         t = a * x
         sine, cosine = t.sin(), t.cos()
-        return torch.cat((sine * cosine, sine * sine, extra)).transpose(0, 1)
+        return torch.cat((sine * cosine, sine * sine, *(e.unsqueeze(0) for e in extra)))
     # P = tan / (1 + tan^2) and Q = P tan: eagerly, one tangent takes less time than a sine and a
     # cosine. It loses no digits either, as its poles are no floating-point numbers.
-    p, q, more = space.split((len(a), len(a), len(extra)))
+    p, q = space[: 2 * len(a)].split(len(a))
     torch.mul(a, x, out=q)
     q.tan_()
     torch.mul(q, q, out=p).add_(1)
     torch.div(q, p, out=p)
     q.mul_(p)
-    more.copy_(extra)
-    return space.transpose(0, 1)
+    for i, e in enumerate(extra, 2 * len(a)):
+        space[i] = e
+    return space
 
 
-def _space(x: Tensor, components: int, extra: int = 1) -> Tensor | None:
+def _space(x: Tensor, features: int) -> Tensor | None:
     """Allocates what features of x need, unless autograd or the compiler is looking.
 
     To reuse memory matters: to allocate it takes longer than to fill it.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    return x.new_empty(2 * components + extra, *x.shape)
+    return x.new_empty(features, *x.shape)
 
 
 class Sinusoid(NamedTuple):
-    """One sinusoid: its value and its derivatives are linear in its features P, Q and 1."""
+    """One sinusoid."""
 
-    a: Tensor  # (K, B, 1)
-    linear: Tensor  # the coefficients of value, slope, ..., (B, R, 2K + 1)
+    a: Tensor  # (K, B, P)
+    c: Tensor  # (K, B, P)
+    s: Tensor  # (K, B, P)
+    d: Tensor  # (B, P)
+    # Where the numbers of a row share the parameters, one matrix product gives value, slope and
+    # second derivative: their coefficients of the features P, Q and 1, with shape (B, 3, 2K + 1).
+    linear: Tensor | None = None
 
-    def from_features(self, x: Tensor, features: Tensor) -> tuple[Tensor, ...]:
-        """Returns value, slope, ..., given the features at x."""
-        value, *derivatives = _bmm(self.linear, features).split(1, dim=1)
-        return x + value, *derivatives
-
-
-def _leading(a: Tensor) -> Tensor:
-    """Brings the components of frequencies (B, M, K) first, and returns (K, M, B, 1)."""
-    return a.permute(2, 1, 0).unsqueeze(-1)
+    def __call__(
+        self, x: Tensor, space: Tensor | None = None, bend: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Returns value, slope and, with ``bend``, second derivative at x, with shape (B, N)."""
+        if self.linear is not None:
+            features = _features(x, self.a, (0,), space)
+            linear = self.linear if bend else self.linear[:, :2]
+            value, *derivatives = _bmm(linear, features.transpose(0, 1)).unbind(1)
+            return x + value, *derivatives
+        p, q = _features(x, self.a, (), space).chunk(2)
+        value = x + self.d + (torch.addcmul(self.c * p, self.s, q) / self.a).sum(dim=0)
+        sine, cosine = p + p, torch.rsub(q, 1, alpha=2)
+        slope = 1 + torch.addcmul(self.c * cosine, self.s, sine).sum(dim=0)
+        if not bend:
+            return value, slope
+        waves = torch.addcmul(self.s * cosine, self.c, sine, value=-1)
+        return value, slope, 2 * (self.a * waves).sum(dim=0)
 
 
 def _bend(a: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """Returns the coefficients of the second derivative."""
+    """Returns the coefficients of the second derivative, with shape (2K + 1, *)."""
     ac, as_ = -4 * a * c, 2 * a * s
-    return torch.cat((ac, -2 * as_, as_.sum(dim=-1, keepdim=True)), dim=-1)
+    return torch.cat((ac, -2 * as_, as_.sum(dim=0, keepdim=True)))
 
 
-def _sinusoids(chain: Chain, bend: bool = False) -> list[Sinusoid]:
+def _sinusoids(chain: Chain, own: bool) -> list[Sinusoid]:
+    """Returns the sinusoids of a chain, whose numbers share their parameters or have their own."""
     a, c, s, d = chain
-    value = torch.cat((c / a, s / a, d.unsqueeze(-1)), dim=-1)
-    slope = torch.cat((s + s, -2 * c, 1 + c.sum(dim=-1, keepdim=True)), dim=-1)
-    rows = (value, slope, _bend(a, c, s)) if bend else (value, slope)
+    each = [*map(Sinusoid, a.unbind(1), c.unbind(1), s.unbind(1), d.unbind(0))]
+    if own:
+        return each
+    value = torch.cat((c / a, s / a, d.unsqueeze(0)))
+    slope = torch.cat((s + s, -2 * c, 1 + c.sum(dim=0, keepdim=True)))
+    linear = torch.stack((value, slope, _bend(a, c, s))).squeeze(-1).permute(2, 3, 0, 1)
 
-    return [*map(Sinusoid, _leading(a).unbind(1), torch.stack(rows, dim=-2).unbind(1))]
+    return [
+        sinusoid._replace(linear=m)
+        for sinusoid, m in zip(each, linear.contiguous().unbind(0), strict=True)
+    ]
+
+
+def _own(x: Tensor, a: Tensor) -> bool:
+    """Whether each number has its own parameters."""
+    return a.shape[-1] == x.shape[-1]
 
 
 def _evaluate(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -193,19 +243,18 @@ def _evaluate(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
 
     Returns:
         The value and the log-slope of the chain, with shape (B, N); then the slopes of the M
-        sinusoids, with shape (B, M, N), and the inputs of all but the first, (B, M - 1, N).
+        sinusoids, with shape (M, B, N), and the inputs of all but the first, (M - 1, B, N).
     """
-    values, slopes = [x.unsqueeze(1)], []
-    one, space = torch.ones_like(x).unsqueeze(0), _space(x, parameters[0].shape[-1])
-    for sinusoid in _sinusoids(Chain(*parameters)):
-        features = _features(values[-1].squeeze(1), sinusoid.a, one, space)
-        value, slope = sinusoid.from_features(values[-1], features)
+    values, slopes, own = [x], [], _own(x, parameters[0])
+    space = _space(x, 2 * len(parameters[0]) + 1 - own)
+    for sinusoid in _sinusoids(Chain(*parameters), own):
+        value, slope = sinusoid(values[-1], space)
         values.append(value)
         slopes.append(slope)
-    slope = torch.cat(slopes, dim=1)
-    inputs = torch.cat(values[1:-1], dim=1) if len(slopes) > 1 else slope[:, :0].clone()
+    slope = torch.stack(slopes)
+    inputs = torch.stack(values[1:-1]) if len(slopes) > 1 else slope[:0].clone()
 
-    return values[-1].squeeze(1), slope.log().sum(dim=1), slope, inputs
+    return values[-1], slope.log().sum(dim=0), slope, inputs
 
 
 def _pull(
@@ -232,32 +281,42 @@ def _pull(
         slope: The slopes that :func:`_evaluate` returns.
         inputs: The inputs that :func:`_evaluate` returns.
     """
-    b, m, k = a.shape
-    x = torch.cat((x.unsqueeze(1), inputs), dim=1)  # of each sinusoid, (B, M, N)
-    # All sinusoids at once, as their inputs are known: (B M, 2K + 2, N).
-    flat = x.flatten(0, 1)
-    extra = torch.stack((torch.ones_like(flat), flat.square()))
-    frequency = a.flatten(0, 1).t().unsqueeze(-1)
-    features = _features(flat, frequency, extra, _space(flat, k, 2))
+    k, m, own = len(a), len(d), _own(x, a)
+    # All sinusoids at once, as their inputs are known: their rows, (M B, N), are side by side.
+    along = torch.cat((x.unsqueeze(0), inputs))
+    x = along.flatten(0, 1)
+    a, c, s = (p.flatten(1, 2) for p in (a, c, s))
+    features = _features(x, a, (0, 2), _space(x, 2 * k + 2))
     if gl is not None:
-        gs = gl.unsqueeze(1) / slope
-        bend = _bend(a, c, s).flatten(0, 1).unsqueeze(1)
-        bent = _bmm(bend, features[:, :-1]).view_as(x) * gs
+        gs = gl / slope
+        bent = _bend(a, c, s)
+        if own:
+            bent = (bent * features[:-1]).sum(dim=0)
+        else:
+            bent = _bmm(bent.permute(1, 2, 0), features[:-1].transpose(0, 1))
+        bent = bent.view_as(slope) * gs
     # From the last sinusoid to the first: the cotangent of each one's value.
-    g = torch.zeros_like(x[:, 0]) if gy is None else gy
+    g = torch.zeros_like(along[0]) if gy is None else gy
     cotangents = []
     for i in reversed(range(m)):
         cotangents.append(g)
-        g = g * slope[:, i] if gl is None else torch.addcmul(bent[:, i], g, slope[:, i])
-    gv = torch.stack(cotangents[::-1], dim=1)
-    rows = torch.stack((gv, gv * x) if gl is None else (gv, gv * x, gs, gs * x), dim=2)
-    moments = _bmm(rows.flatten(0, 1), features.mT).unflatten(0, (b, m))
+        g = g * slope[i] if gl is None else torch.addcmul(bent[i], g, slope[i])
+    gv = torch.stack(cotangents[::-1])
+    rows = (gv, gv * along) if gl is None else (gv, gv * along, gs, gs * along)
 
-    # Sums over N of P, Q, 1 and x^2, times cotangents, times 1 or x; (B, M, K) or (B, M, 1).
-    p, q, one, square = (t.unbind(dim=2) for t in moments.split((k, k, 1, 1), dim=-1))
+    # Sums of P, Q, 1 and x^2, times cotangents, times 1 or x: (K, M B, P) or (1, M B, P).
+    products = torch.stack(rows).flatten(1, 2)
+    if own:
+        products = products.unsqueeze(1) * features
+    else:
+        products = _bmm(products.transpose(0, 1), features.permute(1, 2, 0))
+        products = products.permute(1, 2, 0).unsqueeze(-1)
+    p, q, one, square = products.split((k, k, 1, 1), dim=1)
     # The derivative of P / a by a is (x (1 - 2Q) - P / a) / a, a difference of nearly equal numbers
     # where ax is small: there, it is the first term of its series.
-    reach = x.detach().abs().amax(dim=-1, keepdim=True) if x.numel() else one[0]
+    reach = x.detach().abs()
+    if not own:
+        reach = reach.amax(dim=-1, keepdim=True) if x.numel() else one[0]
     gc, gs_ = p[0] / a, q[0] / a
     p_a = torch.where(
         a * reach < torch.finfo(a.dtype).eps ** 0.25,
@@ -270,24 +329,25 @@ def _pull(
         gc = gc + one[2] - 2 * q[2]
         gs_ = gs_ + 2 * p[2]
 
-    return g, ga, gc, gs_, one[0].squeeze(-1)
+    vectors = (t.unflatten(1, d.shape[:2]) for t in (ga, gc, gs_))
+    return g, *vectors, one[0].view_as(d)
 
 
-def _by_rows(
-    function: Callable[..., tuple[Tensor, ...]], size: int, *args: Tensor | None
+def _by_blocks(
+    function: Callable[..., tuple[Tensor, ...]], own: bool, size: int, *args: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Applies a function to blocks of rows.
+    """Applies a function to blocks of numbers, or of rows where numbers share their parameters.
 
-    This bounds the memory of the temporaries, of ``size`` elements a row.
+    This bounds the memory of the temporaries, of ``size`` elements in all.
     """
-    block = max(_BLOCK // max(size, 1), 1)
-    rows = next(len(arg) for arg in args if arg is not None)
-    if rows <= block or torch.compiler.is_compiling():
+    blocks, dim = -(-size // _BLOCK), -1 if own else -2
+    length = next(arg.shape[dim] for arg in args if arg is not None)
+    if blocks <= 1 or length <= 1 or torch.compiler.is_compiling():
         return function(*args)
-    count = -(-rows // block)
-    split = (count * [None] if arg is None else arg.split(block) for arg in args)
-    outputs = [function(*part) for part in zip(*split, strict=True)]
-    return tuple(map(torch.cat, zip(*outputs, strict=True)))
+    step = -(-length // blocks)
+    split = [() if arg is None else arg.split(step, dim) for arg in args]
+    outputs = [function(*part) for part in zip_longest(*split)]
+    return tuple(torch.cat(parts, dim) for parts in zip(*outputs, strict=True))
 
 
 def _push(
@@ -299,25 +359,17 @@ def _push(
         torch.zeros_like(i) if t is None else t for t, i in zip(tangents, (x, *chain), strict=True)
     )
     ladj, dladj = torch.zeros_like(x), torch.zeros_like(x)
-    for m, sinusoid in enumerate(_sinusoids(chain)):
-        am, cm, sm, dam, dcm, dsm = (t[:, m].unsqueeze(-1) for t in (a, c, s, da, dc, ds))
-        along = x.unsqueeze(1)
-        features = _features(x, sinusoid.a, torch.ones_like(x).unsqueeze(0))
-        p, q, one = features.split((am.shape[1], am.shape[1], 1), dim=1)
-        y, slope = (t.squeeze(1) for t in sinusoid.from_features(along, features))
-        cosine = one - 2 * q
-        dt = dam * along + am * dx.unsqueeze(1)
+    for m, sinusoid in enumerate(_sinusoids(chain, _own(x, a))):
+        am, cm, sm, dam, dcm, dsm = (t[:, m] for t in (a, c, s, da, dc, ds))
+        y, slope = sinusoid(x)
+        p, q = _features(x, am).chunk(2)
+        cosine = 1 - 2 * q
+        dt = dam * x + am * dx
         dlog = dam / am
-        dy = (
-            dx
-            + dd[:, m].unsqueeze(-1)
-            + (
-                ((dcm - cm * dlog) * p + (dsm - sm * dlog) * q + (cm * cosine + 2 * sm * p) * dt)
-                / am
-            ).sum(dim=1)
-        )
-        dslope = (dcm * cosine + 2 * dsm * p + (2 * sm * cosine - 4 * cm * p) * dt).sum(dim=1)
-        ladj, dladj = ladj + slope.log(), dladj + dslope / slope
+        moved = (dcm - cm * dlog) * p + (dsm - sm * dlog) * q + (cm * cosine + 2 * sm * p) * dt
+        dslope = dcm * cosine + 2 * dsm * p + (2 * sm * cosine - 4 * cm * p) * dt
+        dy = dx + dd[m] + (moved / am).sum(dim=0)
+        ladj, dladj = ladj + slope.log(), dladj + dslope.sum(dim=0) / slope
         x, dx = y, dy
 
     return x, ladj, dx, dladj
@@ -326,10 +378,17 @@ def _push(
 def _fold(args: Sequence[Tensor], in_dims: Sequence[int | None], n: int) -> list[Tensor]:
     """Turns a batch dimension of ``torch.func.vmap`` into more rows: rows are independent."""
     batched = (
-        arg.expand(n, *arg.shape) if dim is None else arg.movedim(dim, 0)
+        arg.unsqueeze(-3).expand(*arg.shape[:-2], n, *arg.shape[-2:])
+        if dim is None
+        else arg.movedim(dim, -3)
         for arg, dim in zip(args, in_dims, strict=True)
     )
-    return [arg.flatten(0, 1) for arg in batched]
+    return [arg.flatten(-3, -2) for arg in batched]
+
+
+def _unfold(x: Tensor, n: int) -> Tensor:
+    """Undoes :func:`_fold`, and brings the batch dimension first."""
+    return x.unflatten(-2, (n, -1)).movedim(-3, 0)
 
 
 class _Forward(Function):
@@ -337,7 +396,8 @@ class _Forward(Function):
 
     @staticmethod
     def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return _by_rows(_evaluate, parameters[0].shape[-1] * x.shape[-1], x, *parameters)
+        own, size = _own(x, parameters[0]), len(parameters[0]) * x.numel()
+        return _by_blocks(_evaluate, own, size, x, *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -351,8 +411,8 @@ class _Forward(Function):
         x, a, c, s, d, slope, inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # the derivative will itself be differentiated
             slope, inputs = _evaluate(x, a, c, s, d)[2:]
-        size = a[0].numel() * x.shape[-1]
-        return _by_rows(_pull, size, gy, gl, x, a, c, s, d, slope, inputs)
+        size = len(a) * len(d) * x.numel()
+        return _by_blocks(_pull, _own(x, a), size, gy, gl, x, a, c, s, d, slope, inputs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -363,49 +423,49 @@ class _Forward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Tensor) -> Any:
         output = _Forward.apply(*_fold(args, in_dims, info.batch_size))
-        unfolded = tuple(o.unflatten(0, (info.batch_size, -1)) for o in output)
-        return unfolded, (0,) * len(unfolded)
+        return tuple(_unfold(o, info.batch_size) for o in output), (0,) * len(output)
 
 
 class _Equation:
-    """A sinusoid to be inverted, with shape (B, 1, N)."""
+    """A sinusoid to be inverted, with shape (B, N)."""
 
-    def __init__(
-        self, sinusoid: Sinusoid, amplitude: Tensor, shift: Tensor, space: Tensor | None
-    ) -> None:
+    def __init__(self, sinusoid: Sinusoid, amplitude: Tensor, space: Tensor | None) -> None:
         self.sinusoid = sinusoid
-        self.amplitude = amplitude  # of each component of the slope, (K, B, 1)
-        self.shift = shift  # (B, 1, 1)
+        self.amplitude = amplitude  # of each component of the slope, (K, B, P)
         self.space = space
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Bounds of the magnitudes of second and third derivative, with shape (B, 1, 1)."""
+        """Bounds of the magnitudes of second and third derivative, with shape (B, P)."""
         second = 2 * self.sinusoid.a * self.amplitude
         third = 2 * self.sinusoid.a * second
-        return second.sum(dim=0).unsqueeze(1), third.sum(dim=0).unsqueeze(1)
+        return second.sum(dim=0), third.sum(dim=0)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns value, slope and second derivative."""
-        one = torch.ones_like(x).transpose(0, 1)
-        features = _features(x.squeeze(1), self.sinusoid.a, one, self.space)
-        value, slope, bend = self.sinusoid.from_features(x, features)
+        value, slope, bend = self.sinusoid(x, self.space, bend=True)
         return value, slope, bend
 
-    def take(self, rows: Tensor) -> _Equation:
-        """Returns the equations of some rows."""
-        a, linear = self.sinusoid
-        sinusoid = Sinusoid(a[:, rows], linear[rows])
-        space = _space(rows.unsqueeze(1).to(a.dtype), len(a))
-        return _Equation(sinusoid, self.amplitude[:, rows], self.shift[rows], space)
+    def take(self, where: tuple[Tensor, ...]) -> _Equation:
+        """Returns the equations of some elements, as a single row."""
+        rows, columns = where
+        if self.sinusoid.linear is not None:
+            columns = torch.zeros_like(rows)
+
+        def pick(t: Tensor) -> Tensor:
+            return t[..., rows, columns].unsqueeze(-2)
+
+        sinusoid = Sinusoid(*map(pick, self.sinusoid[:4]))
+        space = _space(sinusoid.d, 2 * len(sinusoid.a))
+        return _Equation(sinusoid, pick(self.amplitude), space)
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Returns bounds of the root, from the bounds of slope and residual term."""
         info = torch.finfo(y.dtype)
-        size = self.amplitude.sum(dim=0).unsqueeze(1)  # |alpha|
-        reach = (self.amplitude / self.sinusoid.a).sum(dim=0).unsqueeze(1)
+        size = self.amplitude.sum(dim=0)  # |alpha|
+        reach = (self.amplitude / self.sinusoid.a).sum(dim=0)
         # f(0) = d and f' is in [1 - |alpha|, 1 + |alpha|]: x is between z / (1 + |alpha|) and this.
-        z = y - self.shift
+        z = y - self.sinusoid.d
         far = z / (1 - size).clamp_min(info.tiny)
         near = z / (1 + size)
         reach = reach + 8 * info.eps * (reach + z.abs())
@@ -419,12 +479,12 @@ class _Equation:
 def _solve(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
     """Inverts the sinusoids of a chain, the last first, and returns their roots."""
     amplitude = torch.hypot(chain.c, chain.s) * (1 + 4 * torch.finfo(y.dtype).eps)
-    amplitude, shift = _leading(amplitude), chain.d.unsqueeze(-1)
-    roots, space = [Root(y.unsqueeze(1), 0, y)], _space(y, chain.a.shape[-1])
-    for m, sinusoid in reversed([*enumerate(_sinusoids(chain, bend=True))]):
-        y, d = roots[-1].x, shift[:, m : m + 1]
-        equation = _Equation(sinusoid, amplitude[:, m], d, space)
-        roots.append(solve_bracketed(equation, y, y - d, solver))
+    own = _own(y, chain.a)
+    roots, space = [Root(y, 0, y)], _space(y, 2 * len(chain.a) + 1 - own)
+    for m, sinusoid in reversed([*enumerate(_sinusoids(chain, own))]):
+        y = roots[-1].x
+        equation = _Equation(sinusoid, amplitude[:, m], space)
+        roots.append(solve_bracketed(equation, y, y - sinusoid.d, solver))
     return roots[1:]
 
 
@@ -437,9 +497,10 @@ class _Inverse(Function):
 
         def solve(y: Tensor, *parameters: Tensor) -> tuple[Tensor]:
             roots.extend(_solve(solver, y, Chain(*parameters)))
-            return (roots[-1].x.squeeze(1),)
+            return (roots[-1].x,)
 
-        (x,) = _by_rows(solve, parameters[0].shape[-1] * y.shape[-1], y, *parameters)
+        own, size = _own(y, parameters[0]), len(parameters[0]) * y.numel()
+        (x,) = _by_blocks(solve, own, size, y, *parameters)
         report(roots, solver)
         return x
 
@@ -465,7 +526,7 @@ class _Inverse(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], solver: Solver, *args: Tensor) -> Any:
         x = _Inverse.apply(solver, *_fold(args, in_dims[1:], info.batch_size))
-        return x.unflatten(0, (info.batch_size, -1)), 0
+        return _unfold(x, info.batch_size), 0
 
 
 def evaluate(x: Tensor, chain: Chain) -> tuple[Tensor, Tensor]:
@@ -494,7 +555,7 @@ def invert(y: Tensor, chain: Chain, solver: Solver) -> Tensor:
     if not torch.compiler.is_compiling():
         return _restore(_Inverse.apply(solver, y, *chain), shape)
     roots = _solve(solver, y.detach(), Chain(*(p.detach() for p in chain)))
-    x = roots[-1].x.squeeze(1)
+    x = roots[-1].x
     if torch.is_grad_enabled():
         # A step of Newton's method, whose derivative is that of the root.
         value, ladj, *_ = _evaluate(x, *chain)

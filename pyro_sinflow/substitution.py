@@ -1,16 +1,14 @@
 r"""Forward substitution through masked networks, for whole batches of triangular maps.
 
-To invert :math:`y_i = \tau(x_i; h_i(x_{<i}))`, features are settled block by block, as a triangular
-system of equations is. When a block begins, the features before it are known, and so are the hidden
-units that see only these: what they contribute is computed once. The iteration inside the block
-then sees only the few units that depend on it, so that a whole inverse costs little more than
-evaluating the network once, in however many steps.
+To invert :math:`y_i = \tau(x_i; h_i(x_{<i}))`, features are settled one after the other, as the
+unknowns of a triangular system of equations are. A hidden unit is computed once, as soon as the
+features that it sees are known. A whole inverse thus evaluates the network once, in as many steps
+as there are features, and iterates only where :math:`\tau^{-1}` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,11 +21,11 @@ from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.utils import unpack
 
 from ._checks import autocasting
-from .inversion import Solver, solve_blocks
+from .inversion import solved
 from .networks import Shortcut
 
-_SIZE = 16  # parameters in a block of features, unless a single feature has more
-_LEAST = 2048  # numbers in a batch, below which a few passes through the whole network are faster
+_SIZE = 16  # features in a block, unless a single stage has more
+_LEAST = 3  # rows of a batch for each stage, below which a few passes through all are faster
 
 
 class _Skip(NamedTuple):
@@ -67,11 +65,17 @@ class _Units(NamedTuple):
         bounds = torch.arange(count + 1, device=stage.device)
         return cls(order, torch.searchsorted(ordered, bounds).tolist())
 
-    def known(self, stage: int) -> slice:
-        return slice(0, self.cuts[stage])
+    def known(self, block: range) -> slice:
+        """The units that are known before a block of stages."""
+        return slice(0, self.cuts[block.start])
 
-    def new(self, stage: int) -> slice:
-        return slice(self.cuts[stage], self.cuts[stage + 1])
+    def new(self, block: range) -> slice:
+        """The units of a block of stages."""
+        return slice(self.cuts[block.start], self.cuts[block.stop])
+
+    def sizes(self, block: range) -> list[int]:
+        """How many units become known in each stage of a block."""
+        return [self.cuts[i + 1] - self.cuts[i] for i in block]
 
 
 def _split(network: nn.Module) -> tuple[list[nn.Module | _Skip], MaskedLinear | None]:
@@ -84,32 +88,42 @@ def _split(network: nn.Module) -> tuple[list[nn.Module | _Skip], MaskedLinear | 
 
 
 class Stages:
-    """The stages of a masked network: first its context, then its features, block by block.
+    """The stages of a masked network: first its context, then its features.
+
+    The features of a stage depend on those of earlier stages alone. Fully autoregressive networks
+    have one feature in each stage, a coupling has two stages.
 
     Args:
         network: A :class:`zuko.nn.MaskedMLP`, with a :class:`~pyro_sinflow.networks.Shortcut` or
             without.
         features: The number of features, which come before the context in the network's input.
-        size: The number of features in a block. If :py:`None`, fewer where they have many
-            parameters, because these make the iteration inside a block costly.
+        context: The number of context features.
+        size: The number of features in a block of stages, unless a single stage has more.
 
     Raises:
-        NotImplementedError: If the network is not made of masked layers and activations alone.
+        NotImplementedError: If the network is not made of masked layers and activations alone, or
+            takes other inputs.
     """
 
-    def __init__(self, network: nn.Module, features: int, size: int | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, features: int, context: int = 0, size: int = _SIZE
+    ) -> None:
         self.operations, self.shortcut = _split(network)
-        main = [o for o in self.operations if isinstance(o, MaskedLinear)]
-        self.linears = main if self.shortcut is None else [*main, self.shortcut]
-        self.masks = [(layer.mask, layer.mask._version) for layer in self.linears]
-        masks = [layer.mask.float() for layer in main]
+        if not isinstance(self.operations[-1], MaskedLinear):
+            raise NotImplementedError("The last operation should be a masked layer.")
+        self.sizes = features, context
+        self.linears = [o for o in self.operations if isinstance(o, MaskedLinear)]
+        masked = [*self.linears, *([] if self.shortcut is None else [self.shortcut])]
+        self.masks = [(layer, layer.mask, layer.mask._version) for layer in masked]
+        masks = [layer.mask.float() for layer in self.linears]
+        if masks[0].shape[1] != features + context:
+            raise NotImplementedError(f"{features} features and {context} of a context are given.")
         device = masks[0].device
 
         reach = masks[0]
         for mask in masks[1:]:
             reach = (mask @ reach).sign()
         outputs = len(reach) // features
-        size = max(_SIZE // outputs, 1) if size is None else size
         needs = reach[:, :features].unflatten(0, (features, -1)).any(dim=1)
         if self.shortcut is not None:
             needs |= self.shortcut.mask[:, :features].bool()
@@ -117,43 +131,70 @@ class Stages:
         level = torch.zeros(features, dtype=torch.long, device=device)
         for _ in range(features):
             level = torch.where(needs, level + 1, 0).amax(dim=1)
-        block = torch.empty_like(level)
-        block[level.argsort(stable=True)] = torch.arange(features, device=device) // size
-        self.blocks = [(block == i).nonzero().squeeze(1) for i in range(-(-features // size))]
-        # An iteration over a block is exact after one pass for each of its levels.
-        self.passes = [len(level[i].unique()) for i in self.blocks]
-        count = 1 + len(self.blocks)
+        count = 2 + int(level.max())
+        self.features = [(level == i).nonzero().squeeze(1) for i in range(-1, count - 1)]
+        self.blocks = [range(1)]
+        total = 0
+        for i in range(1, count):
+            if len(self.blocks) == 1 or total + len(self.features[i]) > size:
+                self.blocks.append(range(i, i))
+                total = 0
+            self.blocks[-1] = range(self.blocks[-1].start, i + 1)
+            total += len(self.features[i])
 
-        stage = F.pad(block + 1, (0, masks[0].shape[1] - features))
-        last = (block + 1).repeat_interleave(outputs)
-        units = [_Units.sort(stage, count)]
+        inputs = stage = F.pad(level + 1, (0, context))
+        units = []
         skipped: list[Tensor] = []
         for operation, following in zip(self.operations, [*self.operations[1:], None], strict=True):
             if isinstance(operation, MaskedLinear):
+                given = stage
                 stage = torch.where(operation.mask.bool(), stage, 0).amax(dim=1)
-                if operation is main[-1]:
-                    stage = last
+                if following is None:
+                    stage = (level + 1).repeat_interleave(outputs)
+                    if self.shortcut is not None:  # its inputs are more inputs of the last layer
+                        given = torch.cat((given, inputs))
                 elif isinstance(following, _Skip) and not following.begins:
                     stage = skipped.pop()  # sorted like what they are added to
-                units.append(_Units.sort(stage, count))
+                units.append((_Units.sort(given, count), _Units.sort(stage, count)))
             elif isinstance(operation, _Skip) and operation.begins:
                 skipped.append(stage)
-        self.units = [*pairwise(units)]  # inputs and outputs of each layer
-        if self.shortcut is not None:
-            self.units.append((units[0], _Units.sort(block + 1, count)))
+        self.units = units  # inputs and outputs of each layer
 
-    def suit(self, network: nn.Module) -> bool:
-        """Whether the network and its masks are still those that the stages were made from."""
-        return (self.operations, self.shortcut) == _split(network) and all(
-            layer.mask is mask and mask._version == version
-            for layer, (mask, version) in zip(self.linears, self.masks, strict=True)
+    def suit(self, network: nn.Module, *sizes: int) -> bool:
+        """Whether network, masks and sizes are still those that the stages were made from."""
+        return (self.operations, self.shortcut, self.sizes) == (*_split(network), sizes) and all(
+            layer.mask is mask and mask._version == version for layer, mask, version in self.masks
         )
+
+    def weight(self, layer: MaskedLinear) -> Tensor:
+        """Returns the weight of a layer, which for the last one is that of the shortcut as well."""
+        weight = layer.mask * layer.weight
+        if self.shortcut is None or layer is not self.linears[-1]:
+            return weight
+        short = self.shortcut.mask * self.shortcut.weight
+        wide = short.new_zeros(len(weight), short.shape[1])
+        wide[:: len(wide) // len(short)] = short
+        return torch.cat((weight, wide), dim=1)
+
+
+class _Part(NamedTuple):
+    """A layer, as far as a block of stages is concerned; lists hold an item for each stage."""
+
+    base: tuple[Tensor, ...]  # of the new outputs, what inputs from before the block contribute
+    weight: tuple[Tensor, ...]  # from the new inputs to the new outputs
+    inputs: Tensor  # the new ones, zero until they are known
+    slots: tuple[Tensor, ...]  # the same memory, for each stage to fill
+
+    def outputs(self, stage: int) -> Tensor:
+        return self.base[stage].addmm_(self.weight[stage], self.inputs)
 
 
 class Evaluation:
     """An evaluation of a network, stage after stage, with the weights that it has now.
 
     Units come first here, and rows of the batch last, so that the units of a stage are contiguous.
+    What is known before a block of stages contributes to all of the block by one matrix product, so
+    that the products of a single stage are small.
 
     Args:
         stages: The stages of the network.
@@ -161,44 +202,48 @@ class Evaluation:
     """
 
     def __init__(self, stages: Stages, context: Tensor) -> None:
-        self.operations = stages.operations
-        self.shortcut = stages.shortcut
+        self.hidden = stages.operations[:-1]
+        self.shortcut = stages.shortcut is not None
         self.layers = []
         for layer, (ins, outs) in zip(stages.linears, stages.units, strict=True):
-            weight = (layer.mask * layer.weight)[outs.order].index_select(1, ins.order)
+            weight = stages.weight(layer)[outs.order].index_select(1, ins.order)
             bias = torch.zeros_like(weight[:, 0]) if layer.bias is None else layer.bias[outs.order]
-            known = context.new_empty(len(ins.order), context.shape[1])  # inputs, as far as known
-            self.layers.append((weight, bias.unsqueeze(1), ins, outs, known))
-        self.begin(0)
-        self(context, commit=True)
+            inputs = context.new_zeros(len(ins.order), context.shape[1])
+            self.layers.append((weight, bias.unsqueeze(1), ins, outs, inputs))
+        self.begin(range(1))
+        self.commit(0, context)
 
-    def begin(self, stage: int) -> None:
-        """Computes what known units contribute to the units of a stage."""
-        self.stage = stage
+    def begin(self, block: range) -> None:
+        """Begins a block of stages, once all stages before it are committed."""
+        self.start = block.start
         self.parts = []
-        for weight, bias, ins, outs, known in self.layers:
-            rows, old, new = weight[outs.new(stage)], ins.known(stage), ins.new(stage)
-            base = torch.addmm(bias[outs.new(stage)], rows[:, old], known[old])
-            self.parts.append((base, rows[:, new], known[new]))
+        for weight, bias, ins, outs, inputs in self.layers:
+            rows, old, new = weight[outs.new(block)], ins.known(block), ins.new(block)
+            base = torch.addmm(bias[outs.new(block)], rows[:, old], inputs[old])
+            sizes = outs.sizes(block)
+            self.parts.append(
+                _Part(
+                    base.split(sizes),
+                    rows[:, new].split(sizes),
+                    inputs[new],
+                    inputs[new].split(ins.sizes(block)),
+                )
+            )
 
-    def __call__(self, x: Tensor, commit: bool = False) -> Tensor:
-        """Returns the outputs of the stage, given its features, with shape (size, N).
+    def outputs(self, stage: int) -> Tensor:
+        """Returns the network's outputs for the features of a stage, with shape (outputs, N)."""
+        return self.parts[-1].outputs(stage - self.start)
 
-        With ``commit``, the units of the stage count as known from now on.
-        """
+    def commit(self, stage: int, x: Tensor) -> None:
+        """Takes the features of a stage, with shape (size, N), to the units that they complete."""
+        stage -= self.start
         parts = iter(self.parts)
-        skipped = []
-
-        def linear(x: Tensor) -> Tensor:
-            base, weight, known = next(parts)
-            if commit:
-                known.copy_(x)
-            return torch.addmm(base, weight, x)
-
-        features = x
-        for operation in self.operations:
+        features, skipped = x, []
+        for operation in self.hidden:
             if isinstance(operation, MaskedLinear):
-                x = linear(x)
+                part = next(parts)
+                part.slots[stage].copy_(x)
+                x = part.outputs(stage)
             elif isinstance(operation, _Skip):
                 if operation.begins:
                     skipped.append(x)
@@ -206,19 +251,21 @@ class Evaluation:
                     x = x + skipped.pop()
             else:
                 x = operation(x)
-        if self.shortcut is not None and len(shifts := linear(features)):
-            x[:: len(x) // len(shifts)] += shifts
-        return x
+        last = next(parts).slots[stage]
+        if self.shortcut:
+            torch.cat((x, features), out=last)
+        else:
+            last.copy_(x)
 
 
 _stages: WeakKeyDictionary[nn.Module, Stages] = WeakKeyDictionary()
 
 
-def _stages_of(network: nn.Module, features: int) -> Stages:
+def _stages_of(network: nn.Module, *sizes: int) -> Stages:
     """Returns the stages of a network, made anew when its masks have changed."""
     stages = _stages.get(network)
-    if stages is None or not stages.suit(network):
-        stages = _stages[network] = Stages(network, features)
+    if stages is None or not stages.suit(network, *sizes):
+        stages = _stages[network] = Stages(network, *sizes)
     return stages
 
 
@@ -229,7 +276,6 @@ def substitute(
     c: Tensor | None,
     event_dim: int,
     y: Tensor,
-    solver: Solver,
 ) -> Tensor | None:
     r"""Inverts a triangular map whose parameters come from a masked network.
 
@@ -240,41 +286,39 @@ def substitute(
         c: The context, with shape :math:`(*, C)`, if there is one.
         event_dim: The number of dimensions of an event.
         y: The values to invert.
-        solver: Tolerance and number of iterations.
 
     Returns:
         The root, or :py:`None` where passes through the whole network are faster, or where the
         network is not one that can be evaluated in stages.
     """
-    if network is None or y.numel() < _LEAST or y.device.type != "cpu" or autocasting(y):
+    if network is None or y.device.type != "cpu" or autocasting(y):
         return None
-    features = y.shape[y.ndim - event_dim :].numel()
-    try:
-        stages = _stages_of(network, features)
-    except NotImplementedError:
-        return None
-    if stages.linears[0].weight.dtype != y.dtype:
-        return None
-
-    event = y.shape[y.ndim - event_dim :]
-    batch = y.shape[: y.ndim - event_dim]
+    event, batch = y.shape[y.ndim - event_dim :], y.shape[: y.ndim - event_dim]
     if c is not None:
         batch = torch.broadcast_shapes(batch, c.shape[:-1])
-    y = y.expand(batch + event).reshape(-1, features).t().contiguous()
-    context = y[:0] if c is None else c.expand(*batch, -1).reshape(y.shape[1], -1).t()
+    features, rows = event.numel(), batch.numel()
+    try:
+        stages = _stages_of(network, features, 0 if c is None else c.shape[-1])
+    except NotImplementedError:
+        return None
+    if rows < _LEAST * len(stages.features) or stages.linears[0].weight.dtype != y.dtype:
+        return None
+
+    y = y.expand(batch + event).reshape(rows, features).t()
+    context = y[:0] if c is None else c.expand(*batch, -1).reshape(rows, -1).t()
     evaluation = Evaluation(stages, context)
-    x = torch.empty_like(y)
+    order = torch.cat(stages.features)
+    roots = []
 
-    def blocks() -> Iterator[tuple[Tensor, int, Callable[[Tensor], Tensor]]]:
-        for i, (block, passes) in enumerate(zip(stages.blocks, stages.passes, strict=True), 1):
-            evaluation.begin(i)
-            target = y[block].t()
+    targets = iter(y[order].t().split([len(f) for f in stages.features[1:]], dim=1))
+    for block in stages.blocks[1:]:
+        evaluation.begin(block)
+        for stage in block:
+            target = next(targets)
+            h = evaluation.outputs(stage).t().unflatten(1, (target.shape[1], -1))
+            root = univariate(*unpack(h, shapes)).inv(target).t()
+            evaluation.commit(stage, root)
+            roots.append(root)
 
-            def step(x: Tensor, target: Tensor = target) -> Tensor:
-                h = evaluation(x).unflatten(0, (len(x), -1)).movedim(2, 0)
-                return univariate(*unpack(h, shapes)).inv(target).t()
-
-            yield block, passes, step
-            evaluation(x[block], commit=True)
-
-    return solve_blocks(blocks(), x, solver).reshape(batch + event)
+    x = y.new_empty(features, rows).index_copy_(0, order, torch.cat(roots))
+    return solved(x.t()).reshape(batch + event)

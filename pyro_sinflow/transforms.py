@@ -243,8 +243,8 @@ class TriangularTransform(Bijection):
         batch_shape: The batch shape of what the conditioner depends on, with which inputs
             broadcast in ``forward_shape``.
         substitute: A faster way to the same inverse, for conditioners that can be evaluated
-            feature by feature. Returns x given y and a solver, or :py:`None` where the iteration is
-            the better way.
+            feature by feature. Returns x given y, or :py:`None` where the iteration is the better
+            way.
         solver: How the inverse is computed.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
 
@@ -268,7 +268,7 @@ class TriangularTransform(Bijection):
         passes: int | None = None,
         event_dim: int = 1,
         batch_shape: Size = Size(),
-        substitute: Callable[[Tensor, Solver], Tensor | None] | None = None,
+        substitute: Callable[[Tensor], Tensor | None] | None = None,
         solver: Solver = Solver(),
         cache_size: int = 0,
     ) -> None:

@@ -14,7 +14,6 @@ from pyro_sinflow import (
     ConditionalLDU,
     InversionWarning,
     SinusoidalFlow,
-    Solver,
     fast_inverse,
     record_inversions,
     substitution,
@@ -75,7 +74,7 @@ def test_agrees_with_whole_passes(name, context, dtype, calls, monkeypatch):
         x = t.inv(y)
         constant = name == "one" and context == 0  # nothing to depend on, and no network
         assert len(calls) == (0 if constant else 1 if name == "coupling" else 2)
-        monkeypatch.setattr(substitution, "_LEAST", y.numel() + 1)
+        monkeypatch.setattr(substitution, "_LEAST", len(y) * 4 + 1)
         whole = t.inv(y)
         assert len(calls) <= 2
     eps = torch.finfo(dtype).eps
@@ -88,21 +87,26 @@ def test_agrees_with_whole_passes(name, context, dtype, calls, monkeypatch):
 def test_stages_agree_with_the_network_whatever_their_size(size):
     network = perturb(MaskedNetwork(11, 3, 2, hidden_features=(16, 16)).double())
     x, c = torch.randn(7, 11).double(), torch.randn(7, 3).double()
-    stages = Stages(network.network, 11, size)
-    assert sorted(torch.cat(stages.blocks).tolist()) == [*range(11)]
-    assert stages.passes == [min(size, 11 - i) for i in range(0, 11, size)]
+    stages = Stages(network.network, 11, 3, size)
+    assert torch.cat(stages.features).tolist() == [*range(11)]
+    assert [i for block in stages.blocks for i in block] == [*range(12)]
+    assert [len(block) for block in stages.blocks[1:-1]] == [size] * (-(-11 // size) - 1)
     with torch.no_grad():
         evaluation = Evaluation(stages, c.t())
-        for i, block in enumerate(stages.blocks, start=1):
-            evaluation.begin(i)
-            h = evaluation(x[:, block].t(), commit=True)
-            expected = network(x, c)[:, block]
-            assert torch.allclose(h.t().reshape(expected.shape), expected, atol=1e-12)
+        for block in stages.blocks[1:]:
+            evaluation.begin(block)
+            for i in block:
+                expected = network(x, c)[:, stages.features[i]]
+                h = evaluation.outputs(i)
+                assert torch.allclose(h.t().reshape(expected.shape), expected, atol=1e-12)
+                evaluation.commit(i, x[:, stages.features[i]].t())
 
 
-def test_a_coupling_is_one_pass_a_block():
+def test_a_coupling_has_two_stages():
     network = zuko.flows.MaskedAutoregressiveTransform(12, passes=2).hyper
-    assert Stages(network, 12, size=6).passes == [1, 1]
+    stages = Stages(network, 12)
+    assert [len(features) for features in stages.features] == [0, 6, 6]
+    assert [*map(len, stages.blocks)] == [1, 2]
 
 
 def test_sees_new_weights_and_new_masks(calls):
@@ -139,7 +143,7 @@ def test_leaves_other_networks_alone(change, calls):
         network[0].register_forward_hook(lambda *_: None)
     arguments = (network, zuko.transforms.AdditiveTransform, [()], None, 1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
-        assert substitute(*arguments, torch.randn(5, 6), Solver()) is None
+        assert substitute(*arguments, torch.randn(5, 6)) is None
     assert not calls
 
 
@@ -166,17 +170,28 @@ def test_leaves_transforms_alone_that_know_their_feature(calls):
     assert not calls
 
 
-def test_a_limit_warns(calls):
-    t = perturb(LDU(16), 0.5).block.lower
-    t.solver = Solver(max_iter=1)
-    with torch.no_grad(), pytest.warns(InversionWarning, match="stopped after 1 iterations"):
-        t().inv(torch.randn(5, 16))
-
-
-def test_iterations_are_those_of_the_slowest_block(calls):
+def test_settles_all_in_one_pass(calls):
     t = perturb(LDU(32), 0.1).block.lower()
     with torch.no_grad(), record_inversions() as inversions:
         t.inv(torch.randn(5, 32))
-    (inversion,) = inversions
-    assert (inversion.problem, inversion.elements) == ("triangular", 160)
-    assert 1 < inversion.iterations <= 16
+    assert inversions == [("triangular", 1, 160)]
+
+
+def test_is_for_batches_that_are_large_enough(calls, monkeypatch):
+    monkeypatch.setattr(substitution, "_LEAST", 3)
+    t = perturb(LDU(8), 0.1).block.lower()
+    for rows, expected in [(26, 0), (27, 1)]:  # there are nine stages, the context among them
+        with torch.no_grad():
+            t.inv(torch.randn(rows, 8))
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize("name", ["shift", "scale", "MAF"])
+def test_wrong_sizes_are_not_its_business(name, calls):
+    t = CASES[name](0)()
+    with torch.no_grad():
+        assert t.inv(torch.randn(50, 11)).shape == (50, 11)
+        made = len(calls)
+        with pytest.raises((ValueError, RuntimeError), match=r"\(50, 12\)|50x12"):
+            t.inv(torch.randn(50, 12))
+        assert len(calls) == made
