@@ -131,54 +131,54 @@ def _restore(x: Tensor, shape: Size) -> Tensor:
     return x.t().reshape(shape)
 
 
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """A batched matrix product that autocast leaves in full precision."""
-    if autocasting(a):
-        with torch.autocast(a.device.type, enabled=False):
-            return torch.bmm(a, b)
-    return torch.bmm(a, b)
+def _product(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Computes a matrix product that autocast leaves in full precision."""
+    if autocasting(tensors[0]):
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*tensors)
+    return function(*tensors)
 
 
-def _features(
-    x: Tensor, a: Tensor, powers: Sequence[int] = (), space: Tensor | None = None
-) -> Tensor:
-    """Returns P, Q and powers of x, stacked.
+def _apply(linear: Tensor, features: Tensor) -> Tensor:
+    """Applies maps (B, R, F + 1), whose last column is constant, to features (F, B, N)."""
+    constant, factors = linear[..., -1:], linear[..., :-1]
+    return _product(torch.baddbmm, constant, factors, features.transpose(0, 1))
+
+
+def _features(x: Tensor, a: Tensor, space: Tensor | None = None) -> Tensor:
+    """Returns P and Q, stacked.
 
     Args:
         x: The numbers, with shape (*, N).
         a: The frequencies, with shape (K, *, P).
-        powers: The E powers.
-        space: Memory of shape (2K + E, *, N) that is overwritten, or :py:`None`.
+        space: Memory of shape (2K, *, N) that is overwritten, or :py:`None`.
 
     Returns:
-        The features, with shape (2K + E, *, N).
+        The features, with shape (2K, *, N).
     """
-    extra = [x**power if power else torch.ones_like(x) for power in powers]
     if space is None:
         t = a * x
         sine, cosine = t.sin(), t.cos()
-        return torch.cat((sine * cosine, sine * sine, *(e.unsqueeze(0) for e in extra)))
+        return torch.cat((sine * cosine, sine * sine))
     # P = tan / (1 + tan^2) and Q = P tan: eagerly, one tangent takes less time than a sine and a
     # cosine. It loses no digits either, as its poles are no floating-point numbers.
-    p, q = space[: 2 * len(a)].split(len(a))
+    p, q = space.chunk(2)
     torch.mul(a, x, out=q)
     q.tan_()
     torch.mul(q, q, out=p).add_(1)
     torch.div(q, p, out=p)
     q.mul_(p)
-    for i, e in enumerate(extra, 2 * len(a)):
-        space[i] = e
     return space
 
 
-def _space(x: Tensor, features: int) -> Tensor | None:
+def _space(x: Tensor, a: Tensor) -> Tensor | None:
     """Allocates what features of x need, unless autograd or the compiler is looking.
 
     To reuse memory matters: to allocate it takes longer than to fill it.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    return x.new_empty(features, *x.shape)
+    return x.new_empty(2 * len(a), *x.shape)
 
 
 class Sinusoid(NamedTuple):
@@ -189,7 +189,7 @@ class Sinusoid(NamedTuple):
     s: Tensor  # (K, B, P)
     d: Tensor  # (B, P)
     # Where the numbers of a row share the parameters, one matrix product gives value, slope and
-    # second derivative: their coefficients of the features P, Q and 1, with shape (B, 3, 2K + 1).
+    # second derivative: their R coefficients of P, Q and 1, with shape (B, R, 2K + 1).
     linear: Tensor | None = None
 
     def __call__(
@@ -197,11 +197,9 @@ class Sinusoid(NamedTuple):
     ) -> tuple[Tensor, ...]:
         """Returns value, slope and, with ``bend``, second derivative at x, with shape (B, N)."""
         if self.linear is not None:
-            features = _features(x, self.a, (0,), space)
-            linear = self.linear if bend else self.linear[:, :2]
-            value, *derivatives = _bmm(linear, features.transpose(0, 1)).unbind(1)
+            value, *derivatives = _apply(self.linear, _features(x, self.a, space)).unbind(1)
             return x + value, *derivatives
-        p, q = _features(x, self.a, (), space).chunk(2)
+        p, q = _features(x, self.a, space).chunk(2)
         value = x + self.d + (torch.addcmul(self.c * p, self.s, q) / self.a).sum(dim=0)
         sine, cosine = p + p, torch.rsub(q, 1, alpha=2)
         slope = 1 + torch.addcmul(self.c * cosine, self.s, sine).sum(dim=0)
@@ -217,20 +215,21 @@ def _bend(a: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return torch.cat((ac, -2 * as_, as_.sum(dim=0, keepdim=True)))
 
 
-def _sinusoids(chain: Chain, own: bool) -> list[Sinusoid]:
-    """Returns the sinusoids of a chain, whose numbers share their parameters or have their own."""
+def _sinusoids(chain: Chain, own: bool, bend: bool = False) -> list[Sinusoid]:
+    """Returns the sinusoids of a chain, whose numbers share their parameters or have their own.
+
+    Those that share them know in advance whether the second derivative is wanted.
+    """
     a, c, s, d = chain
     each = [*map(Sinusoid, a.unbind(1), c.unbind(1), s.unbind(1), d.unbind(0))]
     if own:
         return each
     value = torch.cat((c / a, s / a, d.unsqueeze(0)))
     slope = torch.cat((s + s, -2 * c, 1 + c.sum(dim=0, keepdim=True)))
-    linear = torch.stack((value, slope, _bend(a, c, s))).squeeze(-1).permute(2, 3, 0, 1)
+    rows = (value, slope, _bend(a, c, s)) if bend else (value, slope)
+    linear = torch.stack(rows).squeeze(-1).permute(2, 3, 0, 1).contiguous()
 
-    return [
-        sinusoid._replace(linear=m)
-        for sinusoid, m in zip(each, linear.contiguous().unbind(0), strict=True)
-    ]
+    return [sinusoid._replace(linear=m) for sinusoid, m in zip(each, linear.unbind(0), strict=True)]
 
 
 def _own(x: Tensor, a: Tensor) -> bool:
@@ -246,7 +245,7 @@ def _evaluate(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         sinusoids, with shape (M, B, N), and the inputs of all but the first, (M - 1, B, N).
     """
     values, slopes, own = [x], [], _own(x, parameters[0])
-    space = _space(x, 2 * len(parameters[0]) + 1 - own)
+    space = _space(x, parameters[0])
     for sinusoid in _sinusoids(Chain(*parameters), own):
         value, slope = sinusoid(values[-1], space)
         values.append(value)
@@ -286,14 +285,14 @@ def _pull(
     along = torch.cat((x.unsqueeze(0), inputs))
     x = along.flatten(0, 1)
     a, c, s = (p.flatten(1, 2) for p in (a, c, s))
-    features = _features(x, a, (0, 2), _space(x, 2 * k + 2))
+    features = _features(x, a, _space(x, a))
     if gl is not None:
         gs = gl / slope
         bent = _bend(a, c, s)
         if own:
-            bent = (bent * features[:-1]).sum(dim=0)
+            bent = (bent[:-1] * features).sum(dim=0) + bent[-1]
         else:
-            bent = _bmm(bent.permute(1, 2, 0), features[:-1].transpose(0, 1))
+            bent = _apply(bent.permute(1, 2, 0), features)
         bent = bent.view_as(slope) * gs
     # From the last sinusoid to the first: the cotangent of each one's value.
     g = torch.zeros_like(along[0]) if gy is None else gy
@@ -304,23 +303,25 @@ def _pull(
     gv = torch.stack(cotangents[::-1])
     rows = (gv, gv * along) if gl is None else (gv, gv * along, gs, gs * along)
 
-    # Sums of P, Q, 1 and x^2, times cotangents, times 1 or x: (K, M B, P) or (1, M B, P).
-    products = torch.stack(rows).flatten(1, 2)
+    # Cotangents, times 1 or x, times 1, P and Q: (M B, P) or (K, M B, P), summed over numbers that
+    # share their parameters.
+    one = torch.stack(rows).flatten(1, 2)
+    square = one[1] * x.square()
+    reach = x.detach().abs()
     if own:
-        products = products.unsqueeze(1) * features
+        products = one.unsqueeze(1) * features
     else:
-        products = _bmm(products.transpose(0, 1), features.permute(1, 2, 0))
+        products = _product(torch.bmm, one.transpose(0, 1), features.permute(1, 2, 0))
         products = products.permute(1, 2, 0).unsqueeze(-1)
-    p, q, one, square = products.split((k, k, 1, 1), dim=1)
+        one, square = one.sum(dim=-1, keepdim=True), square.sum(dim=-1, keepdim=True)
+        reach = reach.amax(dim=-1, keepdim=True) if x.numel() else square
+    p, q = products.split(k, dim=1)
     # The derivative of P / a by a is (x (1 - 2Q) - P / a) / a, a difference of nearly equal numbers
     # where ax is small: there, it is the first term of its series.
-    reach = x.detach().abs()
-    if not own:
-        reach = reach.amax(dim=-1, keepdim=True) if x.numel() else one[0]
     gc, gs_ = p[0] / a, q[0] / a
     p_a = torch.where(
         a * reach < torch.finfo(a.dtype).eps ** 0.25,
-        -4 / 3 * a * square[1],
+        -4 / 3 * a * square,
         (one[1] - 2 * q[1] - gc) / a,
     )
     ga = c * p_a + s * (2 * p[1] - gs_) / a
@@ -456,7 +457,7 @@ class _Equation:
             return t[..., rows, columns].unsqueeze(-2)
 
         sinusoid = Sinusoid(*map(pick, self.sinusoid[:4]))
-        space = _space(sinusoid.d, 2 * len(sinusoid.a))
+        space = _space(sinusoid.d, sinusoid.a)
         return _Equation(sinusoid, pick(self.amplitude), space)
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -480,8 +481,8 @@ def _solve(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
     """Inverts the sinusoids of a chain, the last first, and returns their roots."""
     amplitude = torch.hypot(chain.c, chain.s) * (1 + 4 * torch.finfo(y.dtype).eps)
     own = _own(y, chain.a)
-    roots, space = [Root(y, 0, y)], _space(y, 2 * len(chain.a) + 1 - own)
-    for m, sinusoid in reversed([*enumerate(_sinusoids(chain, own))]):
+    roots, space = [Root(y, 0, y)], _space(y, chain.a)
+    for m, sinusoid in reversed([*enumerate(_sinusoids(chain, own, bend=True))]):
         y = roots[-1].x
         equation = _Equation(sinusoid, amplitude[:, m], space)
         roots.append(solve_bracketed(equation, y, y - sinusoid.d, solver))
