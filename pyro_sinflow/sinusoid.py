@@ -12,9 +12,9 @@ folded into :math:`d`, so that :math:`f(0) = d`. Unlike a difference of sines, :
 :math:`Q / a` lose no digits when :math:`a` is small.
 
 Value, slope and their derivatives are linear in :math:`P` and :math:`Q`. Hence a sinusoid costs one
-sine and one cosine per component, and one small matrix product; so does its gradient. Nothing of
-size :math:`N \times D \times K` outlives the call: the backward pass keeps inputs and slopes, and
-computes the rest again.
+sine and one cosine per component, and one small matrix product, or a sum where each number has its
+own parameters; so does its gradient. Nothing of size :math:`N \times D \times K` outlives the call:
+the backward pass keeps inputs and slopes, and computes the rest again.
 
 All functions work in one layout, which :func:`_align` makes. Components come first in memory, then
 the M sinusoids of a chain, and numbers last, so that all operations run over contiguous memory.
