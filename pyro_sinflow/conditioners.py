@@ -17,7 +17,7 @@ from zuko.utils import unpack
 
 from ._checks import check_size, check_sizes
 from .inversion import Solver
-from .networks import MaskedNetwork, check_context
+from .networks import MaskedNetwork, Shortcut, check_context
 from .substitution import substitute
 from .transforms import SinusoidalChain, TriangularTransform
 
@@ -103,11 +103,13 @@ class LazyTriangular(LazyTransform):
         """Returns the transformation, given a context."""
         event_dim = len(self.features)
         network = self.network.network if type(self.network) is MaskedNetwork else None
+        shortcut = network if isinstance(network, Shortcut) else None
         return TriangularTransform(
             partial(self.meta, c),
             phi=lambda: (*self.parameters(), *(() if c is None else (c,))),
             event_dim=event_dim,
             substitute=partial(substitute, network, self.univariate, self.shapes, c, event_dim),
+            preconditioner=None if shortcut is None else shortcut.preconditioner,
             solver=self.solver,
         )
 

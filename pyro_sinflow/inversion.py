@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -294,11 +294,16 @@ class TriangularMap(NamedTuple):
         event_dim: The number of dimensions of an event.
         substitute: Returns the root by forward substitution, given y, or :py:`None` where
             the iteration is the better way.
+        preconditioner: Returns a strictly triangular matrix Q, with shape (D, D) and zeros where
+            the Jacobian has them. A pass moves x by :math:`I + Q` times what it would change by
+            itself, which keeps the guarantee. The nearer :math:`I + Q` is to the inverse of the
+            Jacobian, the fewer passes.
     """
 
     conditioner: Callable[[Tensor], Transform]
     event_dim: int
     substitute: Callable[[Tensor], Tensor | None] | None = None
+    preconditioner: Callable[[], Tensor] | None = None
 
     def at(self, x: Tensor) -> Transform:
         """Returns the element-wise transform for the conditioner's input x."""
@@ -311,6 +316,12 @@ class TriangularMap(NamedTuple):
     def step(self, y: Tensor, x: Tensor) -> Tensor:
         """Returns the root of the map whose conditioner is held at x."""
         return self.at(x).inv(y)
+
+    def look_ahead(self) -> Tensor | None:
+        """Returns the preconditioner, as far as it is finite."""
+        if self.preconditioner is None:
+            return None
+        return self.preconditioner().detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -347,6 +358,16 @@ def _cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
     return x, inside[(...,) + event_dim * (None,)].expand_as(x)
 
 
+def _look_ahead(change: Tensor, event_dim: int, matrix: Tensor) -> Tensor:
+    """Returns what a change of the features lets those after them change by."""
+    largest = _largest(change.dtype)
+    rows = change.clamp(-largest, largest).flatten(change.ndim - event_dim)
+    with (
+        torch.autocast(change.device.type, enabled=False) if autocasting(change) else nullcontext()
+    ):
+        return (rows @ matrix.to(rows.dtype).mT).view_as(change)
+
+
 def _settle(
     step: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -354,6 +375,7 @@ def _settle(
     solver: Solver,
     problem: str,
     passes: int | None = None,
+    preconditioner: Tensor | None = None,
 ) -> Tensor:
     """Iterates a nilpotent step until it settles, at most as many times as there are features."""
     features = x.shape[x.ndim - event_dim :].numel()
@@ -367,6 +389,8 @@ def _settle(
     while iteration < limit and not done:
         iteration += 1
         new = step(x)
+        if preconditioner is not None:
+            new = new + _look_ahead(new.nan_to_num(nan=0.0) - x, event_dim, preconditioner)
         if look:  # the change is NaN where the step is not finite
             change = (new - x).abs()
             done = bool((change <= torch.add(least, new.abs(), alpha=aim)).all())
@@ -415,7 +439,13 @@ def solve_triangular(
             return x
     start = y if solver.method == "banach" else torch.zeros_like(y)
     return _settle(
-        lambda x: function.step(y, x), start, function.event_dim, solver, "triangular", passes
+        lambda x: function.step(y, x),
+        start,
+        function.event_dim,
+        solver,
+        "triangular",
+        passes,
+        None if solver.method == "banach" else function.look_ahead(),
     )
 
 
@@ -469,9 +499,21 @@ class _Problem(NamedTuple):
     solver: Solver
     passes: int | None
 
-    def solve(self, product: Callable[[Tensor], Tensor], diagonal: Tensor, g: Tensor) -> Tensor:
-        """Solves a linear system for v, of which the diagonal and the other products are given."""
+    def solve(
+        self,
+        product: Callable[[Tensor], Tensor],
+        diagonal: Tensor,
+        g: Tensor,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Solves a linear system for v, of which the diagonal and the other products are given.
+
+        Its matrix is the Jacobian, or with ``transposed`` the transposed Jacobian.
+        """
         event_dim = self.function.event_dim
+        matrix = self.function.look_ahead()
+        if matrix is not None and transposed:
+            matrix = matrix.mT
         # Tolerances are relative to 1, and the mean over a batch makes gradients small: each event
         # is solved in units of its largest number. Where this is zero or not finite, so is v.
         unit = g.abs().flatten(g.ndim - event_dim).amax(dim=-1)[(...,) + event_dim * (None,)]
@@ -484,6 +526,7 @@ class _Problem(NamedTuple):
             Solver(),
             "adjoint",
             self.passes,
+            matrix,
         )
         return unit * v
 
@@ -526,7 +569,7 @@ def _pull(y: Tensor, leaf: Tensor, v: Tensor, create_graph: bool = False) -> Ten
 def _solve_adjoint(problem: _Problem, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Returns v, which solves J^T v = g for the Jacobian J at x, and the map's value at x."""
     y, leaf, diagonal = _split_jacobian(problem.function, x)
-    return problem.solve(lambda v: _pull(y, leaf, v), diagonal, g), y
+    return problem.solve(lambda v: _pull(y, leaf, v), diagonal, g, transposed=True), y
 
 
 class _TriangularInverse(Function):

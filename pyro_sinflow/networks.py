@@ -59,7 +59,7 @@ class Shortcut(nn.Module):
         linear: The linear map, with one output for every n of the network.
     """
 
-    def __init__(self, network: nn.Module, linear: nn.Module) -> None:
+    def __init__(self, network: nn.Module, linear: MaskedLinear) -> None:
         super().__init__()
 
         self.linear = linear
@@ -72,6 +72,20 @@ class Shortcut(nn.Module):
             return h + y
         first, others = h.unflatten(-1, (y.shape[-1], -1)).tensor_split((1,), dim=-1)
         return torch.cat((first + y.unsqueeze(-1), others), dim=-1).flatten(-2)
+
+    def preconditioner(self) -> Tensor:
+        """Returns Q, such that I + Q inverts x plus the linear map of x.
+
+        It is as triangular as the mask: a linear map of features in this order would be inverted in
+        one pass.
+        """
+        n = self.linear.out_features
+        mask, weight = self.linear.mask[:, :n], self.linear.weight[:, :n]
+        order = mask.sum(dim=1).argsort()  # by the number of features that come before
+        w = (mask * weight)[order][:, order].to(torch.promote_types(weight.dtype, torch.float32))
+        q = torch.linalg.solve_triangular(w, -w, upper=False, unitriangular=True)
+        back = order.argsort()
+        return q[back][:, back]
 
 
 class MaskedNetwork(nn.Module):

@@ -245,6 +245,9 @@ class TriangularTransform(Bijection):
         substitute: A faster way to the same inverse, for conditioners that can be evaluated
             feature by feature. Returns x given y, or :py:`None` where the iteration is the better
             way.
+        preconditioner: Returns a matrix Q, with shape :math:`(D, D)` and zeros where the Jacobian
+            and its diagonal have them. Passes are fewer, the nearer :math:`I + Q` is to the inverse
+            of the Jacobian, and never more than without.
         solver: How the inverse is computed.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
 
@@ -269,6 +272,7 @@ class TriangularTransform(Bijection):
         event_dim: int = 1,
         batch_shape: Size = Size(),
         substitute: Callable[[Tensor], Tensor | None] | None = None,
+        preconditioner: Callable[[], Tensor] | None = None,
         solver: Solver = Solver(),
         cache_size: int = 0,
     ) -> None:
@@ -279,12 +283,17 @@ class TriangularTransform(Bijection):
             phi = tuple(check_instance("phi", tensor, Tensor) for tensor in phi)
         super().__init__(cache_size=cache_size)
 
+        for name, value in (("substitute", substitute), ("preconditioner", preconditioner)):
+            if value is not None:
+                check_callable(name, value)
+
         self.conditioner = conditioner
         self._phi = phi
         self.passes = None if passes is None else check_size("passes", passes)
         self._event_dim = check_size("event_dim", event_dim)
         self.batch_shape = Size(batch_shape)
         self.substitute = substitute
+        self.preconditioner = preconditioner
         self.solver = check_instance("solver", solver, Solver)
 
     def __repr__(self) -> str:
@@ -310,7 +319,9 @@ class TriangularTransform(Bijection):
 
     def _map(self) -> TriangularMap:
         # Apart from self: the graph of an inverse keeps it, and must not keep a cached pair.
-        return TriangularMap(self.conditioner, self._event_dim, self.substitute)
+        return TriangularMap(
+            self.conditioner, self._event_dim, self.substitute, self.preconditioner
+        )
 
     def _call(self, x: Tensor) -> Tensor:
         return self._map().value(at_least_float32(x))

@@ -100,6 +100,8 @@ TABLE = [
     ("tolerance", ["Solver"], [0, 1, -1e-3, NAN, INF, "a", True]),
     ("max_iter", ["Solver"], [0, -1, 1.5, "3", True]),
     ("cache_size", ["SinusoidalTransform", "TriangularTransform", "LDUTransform"], [2, -1, "a"]),
+    ("substitute", ["TriangularTransform"], [1, torch.eye(3)]),
+    ("preconditioner", ["TriangularTransform"], [1, torch.eye(3)]),
     ("passes", ["TriangularTransform"], [s for s in WRONG_SIZE if s is not None]),
     ("event_dim", ["TriangularTransform"], WRONG_SIZE),
     ("phi", ["TriangularTransform"], ["ab", [3], [None]]),

@@ -78,6 +78,57 @@ def test_passes_never_exceed_features_whatever_the_map():
     assert torch.allclose(x, exact[..., 0], rtol=1e-12)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_preconditioner_keeps_the_bound(exact):
+    weight = 0.5 * torch.randn(15, 15, dtype=torch.float64).tril(-1)
+    one = torch.eye(15, dtype=torch.float64)
+    inverse = torch.linalg.solve_triangular(one + weight, one, upper=False)
+    matrix = inverse - one if exact else 100 * torch.randn_like(weight).tril(-1)
+    solver = Solver(tolerance=1e-12)
+    t = TriangularTransform(linear(weight), preconditioner=lambda: matrix, solver=solver)
+    y = torch.randn(64, 15, dtype=torch.float64)
+    with record_inversions() as inversions:
+        x = t.inv(y)
+    assert inversions[0].iterations <= (2 if exact else 15)
+    assert torch.allclose(x, y @ inverse.T, rtol=1e-9)
+
+
+def test_a_preconditioner_may_overflow():
+    weight = 1e3 * torch.ones(12, 12).tril(-1)
+    matrix = torch.full((12, 12), torch.inf).tril(-1)
+    t = TriangularTransform(linear(weight), preconditioner=lambda: matrix)
+    y = torch.ones(3, 12)
+    y[:, 1:] += 1e3 * torch.arange(1, 12)  # at the root all features are 1
+    assert torch.equal(t.inv(y), torch.ones(3, 12))
+
+
+@pytest.mark.parametrize("conditioner", ["independent", "scale", "autoregressive"])
+def test_shortcuts_save_passes(conditioner):
+    # A random walk, whose features each lean on the one before.
+    kwargs = {"scale": True} if conditioner == "scale" else {"conditioner": conditioner}
+    flow = perturb(SinusoidalFlow(40, transforms=1, randperm=True, **kwargs), 0.01).double()
+    *_, lazy = (part for part in flow.modules() if hasattr(part, "univariate"))
+    with torch.no_grad():
+        linear = lazy.network.network.linear
+        rank = linear.mask.sum(dim=1)
+        linear.weight.copy_(-0.9 * (rank == rank[:, None] - 1))
+    t = lazy()
+    t.substitute = None
+    y = torch.randn(7, 40).double().requires_grad_()
+    passes, results = {}, []
+    for preconditioner in (None, t.preconditioner):
+        t.preconditioner = preconditioner
+        with record_inversions() as inversions:
+            x = t.inv(y)
+            results += [(x, *torch.autograd.grad(x.sin().sum(), (y, linear.weight)))]
+        for i in inversions:
+            passes.setdefault(i.problem, []).append(i.iterations)
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert passes["triangular"][0] > 2 * passes["triangular"][1]
+    assert passes["adjoint"][0] > 2 * passes["adjoint"][1]
+
+
 def test_overflow_on_the_way_does_not_spoil_settled_features():
     # At the root all features are 3. Until its predecessor is, a feature overflows to infinity, and
     # infinity times the zeros of a masked weight is NaN for the features that have settled.
