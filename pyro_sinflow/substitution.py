@@ -25,7 +25,8 @@ from .inversion import solved
 from .networks import Shortcut
 
 _SIZE = 16  # features in a block, unless a single stage has more
-_LEAST = 3  # rows of a batch for each stage, below which a few passes through all are faster
+# With fewer rows than these for each stage, and in all, a few passes through the whole are faster.
+_LEAST, _ENOUGH = 3, 384
 
 
 class _Skip(NamedTuple):
@@ -301,7 +302,8 @@ def substitute(
         stages = _stages_of(network, features, 0 if c is None else c.shape[-1])
     except NotImplementedError:
         return None
-    if rows < _LEAST * len(stages.features) or stages.linears[0].weight.dtype != y.dtype:
+    least = min(_LEAST * len(stages.features), _ENOUGH)
+    if rows < least or stages.linears[0].weight.dtype != y.dtype:
         return None
 
     y = y.expand(batch + event).reshape(rows, features).t()

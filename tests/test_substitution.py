@@ -74,7 +74,8 @@ def test_agrees_with_whole_passes(name, context, dtype, calls, monkeypatch):
         x = t.inv(y)
         constant = name == "one" and context == 0  # nothing to depend on, and no network
         assert len(calls) == (0 if constant else 1 if name == "coupling" else 2)
-        monkeypatch.setattr(substitution, "_LEAST", len(y) * 4 + 1)
+        monkeypatch.setattr(substitution, "_LEAST", 10**9)
+        monkeypatch.setattr(substitution, "_ENOUGH", 10**9)
         whole = t.inv(y)
         assert len(calls) <= 2
     eps = torch.finfo(dtype).eps
@@ -126,6 +127,7 @@ def test_gradients_do_not_depend_on_it(calls, monkeypatch):
     t = perturb(LDU(7, scale=True).double())
     y = torch.randn(5, 7).double()
     grads = []
+    monkeypatch.setattr(substitution, "_ENOUGH", 10**9)
     for least in (0, 10**9):
         monkeypatch.setattr(substitution, "_LEAST", least)
         grads.append(torch.autograd.grad(t.inv(y).sin().sum(), [*t.parameters()]))
@@ -154,6 +156,7 @@ def test_a_batch_keeps_the_events_that_stay_in_range(calls, monkeypatch):
             p.fill_(1.0)
     y = torch.randn(5, 4)
     y[2] = 1e30
+    monkeypatch.setattr(substitution, "_ENOUGH", 10**9)
     for least in (0, 10**9):
         monkeypatch.setattr(substitution, "_LEAST", least)
         with pytest.warns(InversionWarning, match="leaves the range of torch.float32 in 1 of 5"):
@@ -179,11 +182,14 @@ def test_settles_all_in_one_pass(calls):
 
 def test_is_for_batches_that_are_large_enough(calls, monkeypatch):
     monkeypatch.setattr(substitution, "_LEAST", 3)
-    t = perturb(LDU(8), 0.1).block.lower()
-    for rows, expected in [(26, 0), (27, 1)]:  # there are nine stages, the context among them
-        with torch.no_grad():
-            t.inv(torch.randn(rows, 8))
-        assert len(calls) == expected
+    # There is a stage for each feature, and one for the context.
+    for features, least in [(8, 27), (200, 384)]:
+        t = perturb(LDU(features), 0.01).block.lower()
+        for rows in (least - 1, least):
+            made = len(calls)
+            with torch.no_grad():
+                t.inv(torch.randn(rows, features))
+            assert len(calls) == made + (rows == least)
 
 
 @pytest.mark.parametrize("name", ["shift", "scale", "MAF"])
