@@ -182,9 +182,9 @@ def test_settles_all_in_one_pass(calls):
 
 def test_is_for_batches_that_are_large_enough(calls, monkeypatch):
     monkeypatch.setattr(substitution, "_LEAST", 3)
-    # There is a stage for each feature, and one for the context.
+    # There is a stage for each feature, if there are enough hidden units, and one for the context.
     for features, least in [(8, 27), (200, 384)]:
-        t = perturb(LDU(features), 0.01).block.lower()
+        t = perturb(LDU(features, hidden_features=(200,)), 0.01).block.lower()
         for rows in (least - 1, least):
             made = len(calls)
             with torch.no_grad():
