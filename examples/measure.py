@@ -34,8 +34,7 @@ CONDITIONERS: dict[str, dict[str, Any]] = {
     "autoregressive": {"conditioner": "autoregressive"},
 }
 BLOCKS = 8
-# What a pass is, by the number of samples that are drawn at once: the inverse takes the faster way.
-PASSES = {10: "through the network", 1000: "over its blocks of features"}
+AT_ONCE = 10  # samples: of many more, features are settled one after the other
 # The errors to stay below, by dtype.
 COMPOSED_AIM = {"float32": 1e-5, "float64": 1e-11}
 SINUSOID_AIM = {"float32": 5e-6, "float64": 1e-13}
@@ -129,13 +128,10 @@ def passes(features: int, steps: int, batches: int, **options: Any) -> Rows:
     for name, conditioner in CONDITIONERS.items():
         flow = SinusoidalFlow(features, transforms=BLOCKS, **conditioner, **options)
         flow = trained(flow, features, steps)
-        for n in PASSES:
-            with torch.no_grad(), record_inversions() as inversions:
-                for _ in trange(batches, desc=f"{name}, {n} at once"):
-                    flow().sample((n,))
-            counts[f"{name}, {n}"] = Counter(
-                i.iterations for i in inversions if i.problem == "triangular"
-            )
+        with torch.no_grad(), record_inversions() as inversions:
+            for _ in trange(batches, desc=name):
+                flow().sample((AT_ONCE,))
+        counts[name] = Counter(i.iterations for i in inversions if i.problem == "triangular")
     seen = sorted(set().union(*counts.values()))
     return [{"passes": k} | {name: count[k] for name, count in counts.items()} for k in seen]
 
@@ -146,14 +142,12 @@ def draw_passes(table: Rows, features: int, path: Path) -> None:
         len(CONDITIONERS), 1, figsize=(8, 6), sharex=True, sharey=True, layout="constrained"
     )
     for ax, name in zip(axes, CONDITIONERS, strict=True):
-        for (n, label), shift in zip(PASSES.items(), (-0.2, 0.2), strict=True):
-            count = [row[f"{name}, {n}"] for row in table]
-            ax.bar(
-                [row["passes"] + shift for row in table],
-                [100 * k / sum(count) for k in count],
-                width=0.4,
-                label=f"{n:,} samples at once: {label}",
-            )
+        count = [row[name] for row in table]
+        ax.bar(
+            [row["passes"] for row in table],
+            [100 * k / sum(count) for k in count],
+            label=f"{AT_ONCE} samples at once",
+        )
         ax.axvline(
             features,
             color="C3",
