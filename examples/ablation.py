@@ -123,6 +123,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no shortcut": {"network": MaskedNetwork},
     "random order": {"randperm": True},
     "ELU": {"activation": nn.ELU},
+    "GELU": {"activation": nn.GELU},
+    "SiLU": {"activation": nn.SiLU},
     "residual networks": {"residual": True},
     "networks twice as wide": {"hidden_features": (128, 128)},
     "networks of three layers": {"hidden_features": (64, 64, 64)},

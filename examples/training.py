@@ -127,7 +127,10 @@ def evaluate(flow: Flow, rows: Tensor) -> tuple[float, float]:
     """Returns the mean log-likelihood of rows, in nats, and its standard error."""
     flow.eval()
     with torch.no_grad():
-        scores = torch.cat([flow().log_prob(part) for part in rows.split(2000)])
+        try:
+            scores = torch.cat([flow().log_prob(part) for part in rows.split(2000)])
+        except ValueError:  # by torch.distributions, of images that are not finite
+            return -math.inf, math.nan
     return float(scores.mean()), float(scores.std()) / len(scores) ** 0.5
 
 

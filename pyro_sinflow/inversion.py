@@ -294,10 +294,10 @@ class TriangularMap(NamedTuple):
         event_dim: The number of dimensions of an event.
         substitute: Returns the root by forward substitution, given y, or :py:`None` where
             the iteration is the better way.
-        preconditioner: Returns a strictly triangular matrix Q, with shape (D, D) and zeros where
-            the Jacobian has them. A pass moves x by :math:`I + Q` times what it would change by
-            itself, which keeps the guarantee. The nearer :math:`I + Q` is to the inverse of the
-            Jacobian, the fewer passes.
+        preconditioner: Returns a matrix Q, with shape (D, D), strictly triangular in the order of
+            the features. A pass moves x by :math:`I + Q` times what it would change by itself,
+            which keeps the guarantee. The nearer :math:`I + Q` is to the inverse of the Jacobian,
+            the fewer passes.
     """
 
     conditioner: Callable[[Tensor], Transform]
@@ -377,34 +377,51 @@ def _settle(
     passes: int | None = None,
     preconditioner: Tensor | None = None,
 ) -> Tensor:
-    """Iterates a nilpotent step until it settles, at most as many times as there are features."""
+    """Iterates a nilpotent step until it settles, at most as many times as there are features.
+
+    An event is preconditioned for as long as there is less to change than in either of the last two
+    passes. Where a poor preconditioner, or round-off that it amplifies, puts an end to that, the
+    plain step may take as many passes again.
+    """
     features = x.shape[x.ndim - event_dim :].numel()
     bound = min(features, passes or features)
-    limit = min(bound, solver.max_iter or (100 if solver.method == "banach" else bound))
     aim, tolerance = solver.tolerances(x.dtype)
-
     largest, least, look = _largest(x.dtype), x.new_full((), aim), readable(x)
+    limit = solver.max_iter or (100 if solver.method == "banach" else 2 * bound)
+    if (limit >= bound and not look) or not x.numel():
+        preconditioner = None  # all passes are taken anyway, and exact without
+    limit = min(limit, bound if preconditioner is None else 2 * bound)
+
+    event = tuple(range(-event_dim, 0))
+    recent = 2 * (x.new_full((), torch.inf),)  # the largest changes of the last two passes
     done = False
     iteration = 0
     while iteration < limit and not done:
         iteration += 1
         new = step(x)
-        if preconditioner is not None:
-            new = new + _look_ahead(new.nan_to_num(nan=0.0) - x, event_dim, preconditioner)
+        if preconditioner is not None and iteration <= bound:
+            change = new - x
+            worst = (change.abs() / (1 + new.abs())).amax(dim=event, keepdim=True)  # perhaps NaN
+            less = worst < torch.maximum(*recent)
+            recent = torch.where(less, worst, 0), torch.where(less, recent[0], 0)  # never again
+            ahead = _look_ahead(change.nan_to_num(nan=0.0), event_dim, preconditioner)
+            new = torch.where(less, new + ahead, new)
         if look:  # the change is NaN where the step is not finite
             change = (new - x).abs()
             done = bool((change <= torch.add(least, new.abs(), alpha=aim)).all())
         x = new.nan_to_num(nan=0.0).clamp(-largest, largest)
     _record(problem, iteration, x.numel())
-    if done or not look or not x.numel() or features == 1:
+    if done or not look or not x.numel():
         return x
+    if features == 1:  # one pass is exact
+        return _cut_off(new, event_dim)[0]
     # The bound makes x exact, if the map is what it should be: one more pass tells.
     new, inside = _cut_off(step(x), event_dim)
     change = (new - x).abs() / (1 + new.abs())
     worst = change[inside].max()
     if not worst <= tolerance:
         message = _missed(problem, worst, tolerance, limit)
-        if limit == bound and not worst <= torch.finfo(x.dtype).eps ** 0.5:
+        if limit >= bound and not worst <= torch.finfo(x.dtype).eps ** 0.5:
             raise InversionError(
                 f"{message} {limit} passes are exact for every triangular map: this one is not "
                 "triangular or not deterministic. Call '.eval()' if it has dropout."

@@ -12,9 +12,10 @@ folded into :math:`d`, so that :math:`f(0) = d`. Unlike a difference of sines, :
 :math:`Q / a` lose no digits when :math:`a` is small.
 
 Value, slope and their derivatives are linear in :math:`P` and :math:`Q`. Hence a sinusoid costs one
-sine and one cosine per component, and one small matrix product, or a sum where each number has its
-own parameters; so does its gradient. Nothing of size :math:`N \times D \times K` outlives the call:
-the backward pass keeps inputs and slopes, and computes the rest again.
+tangent, or one sine and one cosine, per component, and one small matrix product, or a sum where
+each number has its own parameters; so does its gradient. Nothing of size
+:math:`N \times D \times K` outlives the call: the backward pass keeps inputs and slopes, and
+computes the rest again.
 
 All functions work in one layout, which :func:`_align` makes. Components come first in memory, then
 the M sinusoids of a chain, and numbers last, so that all operations run over contiguous memory.
@@ -287,13 +288,13 @@ def _pull(
     a, c, s = (p.flatten(1, 2) for p in (a, c, s))
     features = _features(x, a, _space(x, a))
     if gl is not None:
-        gs = gl / slope
+        g_slope = gl / slope
         bent = _bend(a, c, s)
         if own:
             bent = (bent[:-1] * features).sum(dim=0) + bent[-1]
         else:
             bent = _apply(bent.permute(1, 2, 0), features)
-        bent = bent.view_as(slope) * gs
+        bent = bent.view_as(slope) * g_slope
     # From the last sinusoid to the first: the cotangent of each one's value.
     g = torch.zeros_like(along[0]) if gy is None else gy
     cotangents = []
@@ -301,7 +302,7 @@ def _pull(
         cotangents.append(g)
         g = g * slope[i] if gl is None else torch.addcmul(bent[i], g, slope[i])
     gv = torch.stack(cotangents[::-1])
-    rows = (gv, gv * along) if gl is None else (gv, gv * along, gs, gs * along)
+    rows = (gv, gv * along) if gl is None else (gv, gv * along, g_slope, g_slope * along)
 
     # Cotangents, times 1 or x, times 1, P and Q: (M B, P) or (K, M B, P), summed over numbers that
     # share their parameters.
@@ -318,19 +319,19 @@ def _pull(
     p, q = products.split(k, dim=1)
     # The derivative of P / a by a is (x (1 - 2Q) - P / a) / a, a difference of nearly equal numbers
     # where ax is small: there, it is the first term of its series.
-    gc, gs_ = p[0] / a, q[0] / a
+    gc, gs = p[0] / a, q[0] / a
     p_a = torch.where(
         a * reach < torch.finfo(a.dtype).eps ** 0.25,
         -4 / 3 * a * square,
         (one[1] - 2 * q[1] - gc) / a,
     )
-    ga = c * p_a + s * (2 * p[1] - gs_) / a
+    ga = c * p_a + s * (2 * p[1] - gs) / a
     if gl is not None:
         ga = ga + 2 * s * (one[3] - 2 * q[3]) - 4 * c * p[3]
         gc = gc + one[2] - 2 * q[2]
-        gs_ = gs_ + 2 * p[2]
+        gs = gs + 2 * p[2]
 
-    vectors = (t.unflatten(1, d.shape[:2]) for t in (ga, gc, gs_))
+    vectors = (t.unflatten(1, d.shape[:2]) for t in (ga, gc, gs))
     return g, *vectors, one[0].view_as(d)
 
 
@@ -339,7 +340,8 @@ def _by_blocks(
 ) -> tuple[Tensor, ...]:
     """Applies a function to blocks of numbers, or of rows where numbers share their parameters.
 
-    This bounds the memory of the temporaries, of ``size`` elements in all.
+    This bounds the memory of the temporaries, of ``size`` elements in all, unless a few sets of
+    parameters are shared by very many numbers.
     """
     blocks, dim = -(-size // _BLOCK), -1 if own else -2
     length = next(arg.shape[dim] for arg in args if arg is not None)
@@ -512,11 +514,17 @@ class _Inverse(Function):
 
     @staticmethod
     def backward(ctx: Any, gx: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, c, s, d = ctx.saved_tensors
-        _, ladj, slope, inputs = _evaluate(x, a, c, s, d)
-        gy = gx * (-ladj).exp()
-        _, *grads = _pull(-gy, None, x, a, c, s, d, slope, inputs)
-        return None, gy, *grads
+        def pull(
+            gx: Tensor, x: Tensor, a: Tensor, c: Tensor, s: Tensor, d: Tensor
+        ) -> tuple[Tensor, ...]:
+            _, ladj, slope, inputs = _evaluate(x, a, c, s, d)
+            gy = gx * (-ladj).exp()
+            _, *grads = _pull(-gy, None, x, a, c, s, d, slope, inputs)
+            return gy, *grads
+
+        x, a, *others = ctx.saved_tensors
+        size = a[:, :, 0, 0].numel() * x.numel()
+        return None, *_by_blocks(pull, _own(x, a), size, gx, x, a, *others)
 
     @staticmethod
     def jvp(ctx: Any, _: None, dy: Tensor | None, *tangents: Tensor | None) -> Tensor:

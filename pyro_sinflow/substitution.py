@@ -88,6 +88,11 @@ def _split(network: nn.Module) -> tuple[list[nn.Module | _Skip], MaskedLinear | 
     return _operations(network), shortcut
 
 
+def _version(tensor: Tensor) -> int | None:
+    """Returns what changes when a tensor does; tensors of inference mode do not tell."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class Stages:
     """The stages of a masked network: first its context, then its features.
 
@@ -115,25 +120,37 @@ class Stages:
         self.sizes = features, context
         self.linears = [o for o in self.operations if isinstance(o, MaskedLinear)]
         masked = [*self.linears, *([] if self.shortcut is None else [self.shortcut])]
-        self.masks = [(layer, layer.mask, layer.mask._version) for layer in masked]
-        masks = [layer.mask.float() for layer in self.linears]
-        if masks[0].shape[1] != features + context:
+        self.masks = [(layer, layer.mask, _version(layer.mask)) for layer in masked]
+        if self.linears[0].in_features != features + context:
             raise NotImplementedError(f"{features} features and {context} of a context are given.")
-        device = masks[0].device
+        device = self.linears[0].mask.device
 
-        reach = masks[0]
-        for mask in masks[1:]:
-            reach = (mask @ reach).sign()
+        reach = torch.eye(features + context, dtype=torch.float32, device=device)
+        skips: list[Tensor] = []
+        for operation in self.operations:
+            if isinstance(operation, MaskedLinear):
+                reach = (operation.mask.float() @ reach).sign()
+            elif isinstance(operation, _Skip):
+                if operation.begins:
+                    skips.append(reach)
+                else:
+                    reach = (reach + skips.pop()).sign()
         outputs = len(reach) // features
         needs = reach[:, :features].unflatten(0, (features, -1)).any(dim=1)
         if self.shortcut is not None:
             needs |= self.shortcut.mask[:, :features].bool()
-        # The level of a feature: the length of the longest chain of features that it depends on.
+        # A feature is in the stage after the last of those that it depends on.
         level = torch.zeros(features, dtype=torch.long, device=device)
-        for _ in range(features):
-            level = torch.where(needs, level + 1, 0).amax(dim=1)
-        count = 2 + int(level.max())
-        self.features = [(level == i).nonzero().squeeze(1) for i in range(-1, count - 1)]
+        missing = needs.sum(dim=1)
+        self.features = [level[:0]]
+        while len(ready := (missing == 0).nonzero().squeeze(1)):
+            level[ready] = len(self.features)
+            self.features.append(ready)
+            missing -= needs[:, ready].sum(dim=1)
+            missing[ready] = -1
+        if not level.all():
+            raise NotImplementedError("The network is not triangular.")
+        count = len(self.features)
         self.blocks = [range(1)]
         total = 0
         for i in range(1, count):
@@ -143,7 +160,7 @@ class Stages:
             self.blocks[-1] = range(self.blocks[-1].start, i + 1)
             total += len(self.features[i])
 
-        inputs = stage = F.pad(level + 1, (0, context))
+        inputs = stage = F.pad(level, (0, context))
         units = []
         skipped: list[Tensor] = []
         for operation, following in zip(self.operations, [*self.operations[1:], None], strict=True):
@@ -151,7 +168,7 @@ class Stages:
                 given = stage
                 stage = torch.where(operation.mask.bool(), stage, 0).amax(dim=1)
                 if following is None:
-                    stage = (level + 1).repeat_interleave(outputs)
+                    stage = level.repeat_interleave(outputs)
                     if self.shortcut is not None:  # its inputs are more inputs of the last layer
                         given = torch.cat((given, inputs))
                 elif isinstance(following, _Skip) and not following.begins:
@@ -164,7 +181,7 @@ class Stages:
     def suit(self, network: nn.Module, *sizes: int) -> bool:
         """Whether network, masks and sizes are still those that the stages were made from."""
         return (self.operations, self.shortcut, self.sizes) == (*_split(network), sizes) and all(
-            layer.mask is mask and mask._version == version for layer, mask, version in self.masks
+            layer.mask is mask and _version(mask) == version for layer, mask, version in self.masks
         )
 
     def weight(self, layer: MaskedLinear) -> Tensor:
@@ -187,6 +204,7 @@ class _Part(NamedTuple):
     slots: tuple[Tensor, ...]  # the same memory, for each stage to fill
 
     def outputs(self, stage: int) -> Tensor:
+        """Returns the outputs of a stage, once: it adds to the base."""
         return self.base[stage].addmm_(self.weight[stage], self.inputs)
 
 
@@ -232,7 +250,10 @@ class Evaluation:
             )
 
     def outputs(self, stage: int) -> Tensor:
-        """Returns the network's outputs for the features of a stage, with shape (outputs, N)."""
+        """Returns the network's outputs for the features of a stage, with shape (outputs, N).
+
+        Once for each stage: it adds to what the block has begun with.
+        """
         return self.parts[-1].outputs(stage - self.start)
 
     def commit(self, stage: int, x: Tensor) -> None:
@@ -298,6 +319,8 @@ def substitute(
     if c is not None:
         batch = torch.broadcast_shapes(batch, c.shape[:-1])
     features, rows = event.numel(), batch.numel()
+    if rows < 2 * _LEAST:  # the stages are at least two, and cost time to find
+        return None
     try:
         stages = _stages_of(network, features, 0 if c is None else c.shape[-1])
     except NotImplementedError:
@@ -307,7 +330,7 @@ def substitute(
         return None
 
     y = y.expand(batch + event).reshape(rows, features).t()
-    context = y[:0] if c is None else c.expand(*batch, -1).reshape(rows, -1).t()
+    context = y[:0] if c is None else c.to(y.dtype).expand(*batch, -1).reshape(rows, -1).t()
     evaluation = Evaluation(stages, context)
     order = torch.cat(stages.features)
     roots = []

@@ -245,9 +245,9 @@ class TriangularTransform(Bijection):
         substitute: A faster way to the same inverse, for conditioners that can be evaluated
             feature by feature. Returns x given y, or :py:`None` where the iteration is the better
             way.
-        preconditioner: Returns a matrix Q, with shape :math:`(D, D)` and zeros where the Jacobian
-            and its diagonal have them. Passes are fewer, the nearer :math:`I + Q` is to the inverse
-            of the Jacobian, and never more than without.
+        preconditioner: Returns a matrix Q, with shape :math:`(D, D)`, strictly triangular in the
+            order of the features. Passes are fewer, the nearer :math:`I + Q` is to the inverse of
+            the Jacobian; where it is of no use, it is dropped.
         solver: How the inverse is computed.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
 

@@ -101,8 +101,7 @@ def test_measure(tmp_path):
         assert row["largest error"] <= row["aim"]
     # 8 blocks of two triangular maps, or 8 triangular maps.
     for conditioner, maps in (("independent", 16), ("autoregressive", 8)):
-        for n in (10, 1000):
-            assert sum(row[f"{conditioner}, {n}"] for row in passes) == maps
+        assert sum(row[conditioner] for row in passes) == maps
     assert all(1 <= row["passes"] <= 8 for row in passes)
 
 

@@ -18,6 +18,7 @@ from pyro_sinflow import (
     record_inversions,
     substitution,
 )
+from pyro_sinflow.conditioners import LazyTriangular
 from pyro_sinflow.networks import MaskedNetwork
 from pyro_sinflow.substitution import Evaluation, Stages, substitute
 
@@ -201,3 +202,30 @@ def test_wrong_sizes_are_not_its_business(name, calls):
         with pytest.raises((ValueError, RuntimeError), match=r"\(50, 12\)|50x12"):
             t.inv(torch.randn(50, 12))
         assert len(calls) == made
+
+
+def test_runs_in_inference_mode():
+    with torch.inference_mode():
+        flow = SinusoidalFlow(4, transforms=1)
+        assert flow().sample((50,)).shape == (50, 4)
+
+
+def test_takes_a_context_of_half_precision(calls):
+    block = perturb(ConditionalLDU(4, context=2))
+    c, y = torch.randn(50, 2).bfloat16(), torch.randn(50, 4)
+    with torch.no_grad():
+        x = block.lower(c).inv(y)
+        assert len(calls) == 1
+        assert residual(block.lower(c), x, y) <= 1e-5
+
+
+def test_skips_carry_what_masks_do_not(calls):
+    network = perturb(MaskedNetwork(6, hidden_features=(16, 16), residual=True), 0.5)
+    with torch.no_grad():
+        for part in network.modules():
+            if isinstance(part, zuko.nn.Residual):
+                part[-1].mask.zero_()
+        t = LazyTriangular(network, 6, zuko.transforms.AdditiveTransform, [()])()
+        y = torch.randn(20, 6)
+        assert residual(t, t.inv(y), y) <= 1e-6
+    assert len(calls) == 1

@@ -79,7 +79,7 @@ def test_passes_never_exceed_features_whatever_the_map():
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_preconditioner_keeps_the_bound(exact):
+def test_a_preconditioner_keeps_the_guarantee(exact):
     weight = 0.5 * torch.randn(15, 15, dtype=torch.float64).tril(-1)
     one = torch.eye(15, dtype=torch.float64)
     inverse = torch.linalg.solve_triangular(one + weight, one, upper=False)
@@ -89,7 +89,7 @@ def test_a_preconditioner_keeps_the_bound(exact):
     y = torch.randn(64, 15, dtype=torch.float64)
     with record_inversions() as inversions:
         x = t.inv(y)
-    assert inversions[0].iterations <= (2 if exact else 15)
+    assert inversions[0].iterations <= (2 if exact else 30)
     assert torch.allclose(x, y @ inverse.T, rtol=1e-9)
 
 
@@ -127,6 +127,32 @@ def test_shortcuts_save_passes(conditioner):
         assert torch.allclose(a, b, atol=1e-12)
     assert passes["triangular"][0] > 2 * passes["triangular"][1]
     assert passes["adjoint"][0] > 2 * passes["adjoint"][1]
+
+
+@pytest.mark.parametrize("dtype", AIM)
+@pytest.mark.parametrize("kwargs", [{"scale": True}, {"conditioner": "autoregressive"}])
+def test_a_poor_preconditioner_is_dropped(kwargs, dtype):
+    # It supposes scales of one, where they are two: its powers grow as 1.5^100, beside inverses of
+    # sinusoids that depend, in the last digit, on the rest of the batch.
+    flow = perturb(SinusoidalFlow(100, transforms=1, **kwargs), 0.02).to(dtype)
+    *_, lazy = (part for part in flow.modules() if hasattr(part, "univariate"))
+    with torch.no_grad():
+        linear = lazy.network.network.linear
+        rank = linear.mask.sum(dim=1)
+        linear.weight.copy_(-1.5 * (rank == rank[:, None] - 1))
+        lazy.network.bias.view(100, -1)[:, 1] = 20.0
+        t = lazy()
+        y = torch.randn(16, 100, dtype=dtype)
+        assert residual(t, t.inv(y), y) <= AIM[dtype]
+        assert residual(t, torch.func.vmap(t.inv)(y), y) <= AIM[dtype]
+
+
+def test_a_single_feature_tells_when_it_is_lost():
+    t = LDU(1).block.lower()
+    with torch.no_grad():
+        t.phi[0].fill_(torch.nan)
+    with pytest.raises(InversionError, match="leaves the range"):
+        t.inv(torch.ones(3, 1))
 
 
 def test_overflow_on_the_way_does_not_spoil_settled_features():
