@@ -176,8 +176,9 @@ def show(conditioner: str, scores: dict[str, Scores]) -> None:
         if change == "default":
             return f"{mean(default):.2f}"
         differences = [b - a for a, b in zip(default, changed, strict=True)]
-        error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else math.nan
-        return f"{mean(differences):+.2f} ± {error:.2f}"
+        if len(differences) == 1:
+            return f"{differences[0]:+.2f}"
+        return f"{mean(differences):+.2f} ± {stdev(differences) / len(differences) ** 0.5:.2f}"
 
     names = [*scores["default"]]
     print_table((conditioner, *names), [[c, *(cell(c, n) for n in names)] for c in scores])

@@ -121,6 +121,10 @@ ORDER: dict[str, Any] = {**SIZES, "randperm": True}
 FLOWS: dict[str, Callable[[int], Flow]] = {
     "Sinusoidal, LDU blocks": partial(SinusoidalFlow, transforms=3, **ORDER),
     "Sinusoidal, scale": partial(SinusoidalFlow, transforms=3, scale=True, **ORDER),
+    # What the documentation advises where rows are few.
+    "Sinusoidal, scale, SiLU": partial(
+        SinusoidalFlow, transforms=3, scale=True, activation=nn.SiLU, **ORDER
+    ),
     "Sinusoidal, autoregressive": partial(
         SinusoidalFlow, transforms=3, conditioner="autoregressive", **ORDER
     ),

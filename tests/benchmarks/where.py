@@ -12,7 +12,7 @@ from pyro_sinflow import SinusoidalFlow
 GROUPS = {
     "matrix products of the networks": ("aten::mm", "aten::addmm"),
     "tangents": ("aten::tan", "aten::tan_"),
-    "small matrix products of the sinusoids": ("aten::bmm",),
+    "small matrix products of the sinusoids": ("aten::bmm", "aten::baddbmm"),
     "products, masks among them": ("aten::mul", "aten::mul_", "aten::addcmul"),
     "copies": ("aten::copy_", "aten::cat", "aten::fill_"),
 }
