@@ -36,5 +36,5 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|zuko|pyro|collections|constraints)\..*"),
     ("py:.*", r"Any|Callable|Iterable|Iterator|Sequence|.*optional"),
-    ("py:.*", r"Flow|MaskedAutoregressiveTransform|Size|Tensor|Transform"),
+    ("py:.*", r"Flow|MaskedAutoregressiveTransform|MaskedLinear|Size|Tensor|Transform"),
 ]
