@@ -51,7 +51,8 @@ class Solver:
             no feature by more than ``tolerance`` :math:`\cdot (1 + |x|)`. If :py:`None`, it aims at
             4 times the machine epsilon of the dtype, and answers for 32 times.
         max_iter: The largest number of iterations. If :py:`None`, 200 for ``"newton"`` and 100 for
-            ``"banach"``, while a nilpotent iteration takes at most one pass per feature. Where
+            ``"banach"``, while a nilpotent iteration takes at most one pass per feature, or two
+            where it begins with a preconditioner that turns out to be of no use. Where
             values cannot be read (``torch.compile``, ``torch.func``, fake tensors), exactly this
             many iterations run.
 
