@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +45,14 @@ def autocasting(x: Tensor) -> bool:
     """Whether autocast is enabled on the device of x; some, such as "meta", know no autocast."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def full_precision(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Applies a function that autocast would run in half precision, such as a matrix product."""
+    if autocasting(tensors[0]):
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*tensors)
+    return function(*tensors)
 
 
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:

@@ -103,13 +103,12 @@ class LazyTriangular(LazyTransform):
         """Returns the transformation, given a context."""
         event_dim = len(self.features)
         network = self.network.network if type(self.network) is MaskedNetwork else None
-        shortcut = network if isinstance(network, Shortcut) else None
         return TriangularTransform(
             partial(self.meta, c),
             phi=lambda: (*self.parameters(), *(() if c is None else (c,))),
             event_dim=event_dim,
             substitute=partial(substitute, network, self.univariate, self.shapes, c, event_dim),
-            preconditioner=None if shortcut is None else shortcut.preconditioner,
+            preconditioner=network.preconditioner if isinstance(network, Shortcut) else None,
             solver=self.solver,
         )
 

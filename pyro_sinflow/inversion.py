@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -27,7 +27,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributions import Transform
 
-from ._checks import autocasting, check_choice, check_instance, check_real, check_size, readable
+from ._checks import (
+    autocasting,
+    check_choice,
+    check_instance,
+    check_real,
+    check_size,
+    full_precision,
+    readable,
+)
 
 
 class InversionError(RuntimeError):
@@ -363,10 +371,7 @@ def _look_ahead(change: Tensor, event_dim: int, matrix: Tensor) -> Tensor:
     """Returns what a change of the features lets those after them change by."""
     largest = _largest(change.dtype)
     rows = change.clamp(-largest, largest).flatten(change.ndim - event_dim)
-    with (
-        torch.autocast(change.device.type, enabled=False) if autocasting(change) else nullcontext()
-    ):
-        return (rows @ matrix.to(rows.dtype).mT).view_as(change)
+    return full_precision(torch.matmul, rows, matrix.to(rows.dtype).mT).view_as(change)
 
 
 def _settle(

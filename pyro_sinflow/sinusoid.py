@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.autograd import Function
 
-from ._checks import autocasting, broadcast
+from ._checks import broadcast, full_precision
 from .inversion import Root, Solver, report, solve_bracketed
 
 _BLOCK = 2**20
@@ -132,18 +132,10 @@ def _restore(x: Tensor, shape: Size) -> Tensor:
     return x.t().reshape(shape)
 
 
-def _product(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Computes a matrix product that autocast leaves in full precision."""
-    if autocasting(tensors[0]):
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return function(*tensors)
-    return function(*tensors)
-
-
 def _apply(linear: Tensor, features: Tensor) -> Tensor:
     """Applies maps (B, R, F + 1), whose last column is constant, to features (F, B, N)."""
     constant, factors = linear[..., -1:], linear[..., :-1]
-    return _product(torch.baddbmm, constant, factors, features.transpose(0, 1))
+    return full_precision(torch.baddbmm, constant, factors, features.transpose(0, 1))
 
 
 def _features(x: Tensor, a: Tensor, space: Tensor | None = None) -> Tensor:
@@ -197,10 +189,14 @@ class Sinusoid(NamedTuple):
         self, x: Tensor, space: Tensor | None = None, bend: bool = False
     ) -> tuple[Tensor, ...]:
         """Returns value, slope and, with ``bend``, second derivative at x, with shape (B, N)."""
+        return self.from_features(x, _features(x, self.a, space), bend)
+
+    def from_features(self, x: Tensor, features: Tensor, bend: bool = False) -> tuple[Tensor, ...]:
+        """Returns the same, given the features at x."""
         if self.linear is not None:
-            value, *derivatives = _apply(self.linear, _features(x, self.a, space)).unbind(1)
+            value, *derivatives = _apply(self.linear, features).unbind(1)
             return x + value, *derivatives
-        p, q = _features(x, self.a, space).chunk(2)
+        p, q = features.chunk(2)
         value = x + self.d + (torch.addcmul(self.c * p, self.s, q) / self.a).sum(dim=0)
         sine, cosine = p + p, torch.rsub(q, 1, alpha=2)
         slope = 1 + torch.addcmul(self.c * cosine, self.s, sine).sum(dim=0)
@@ -312,7 +308,7 @@ def _pull(
     if own:
         products = one.unsqueeze(1) * features
     else:
-        products = _product(torch.bmm, one.transpose(0, 1), features.permute(1, 2, 0))
+        products = full_precision(torch.bmm, one.transpose(0, 1), features.permute(1, 2, 0))
         products = products.permute(1, 2, 0).unsqueeze(-1)
         one, square = one.sum(dim=-1, keepdim=True), square.sum(dim=-1, keepdim=True)
         reach = reach.amax(dim=-1, keepdim=True) if x.numel() else square
@@ -364,8 +360,9 @@ def _push(
     ladj, dladj = torch.zeros_like(x), torch.zeros_like(x)
     for m, sinusoid in enumerate(_sinusoids(chain, _own(x, a))):
         am, cm, sm, dam, dcm, dsm = (t[:, m] for t in (a, c, s, da, dc, ds))
-        y, slope = sinusoid(x)
-        p, q = _features(x, am).chunk(2)
+        features = _features(x, am)
+        y, slope = sinusoid.from_features(x, features)
+        p, q = features.chunk(2)
         cosine = 1 - 2 * q
         dt = dam * x + am * dx
         dlog = dam / am

@@ -151,32 +151,32 @@ class Stages:
         if not level.all():
             raise NotImplementedError("The network is not triangular.")
         count = len(self.features)
-        self.blocks = [range(1)]
-        total = 0
+        self.blocks, total = [range(1)], size  # the context is a block by itself
         for i in range(1, count):
-            if len(self.blocks) == 1 or total + len(self.features[i]) > size:
+            if total + len(self.features[i]) > size:
                 self.blocks.append(range(i, i))
                 total = 0
             self.blocks[-1] = range(self.blocks[-1].start, i + 1)
             total += len(self.features[i])
 
         inputs = stage = F.pad(level, (0, context))
-        units = []
+        self.units = []  # inputs and outputs of each layer
+        units = _Units.sort(stage, count)
         skipped: list[Tensor] = []
         for operation, following in zip(self.operations, [*self.operations[1:], None], strict=True):
             if isinstance(operation, MaskedLinear):
-                given = stage
+                if following is None and self.shortcut is not None:
+                    # Its inputs are more inputs of the last layer.
+                    units = _Units.sort(torch.cat((stage, inputs)), count)
                 stage = torch.where(operation.mask.bool(), stage, 0).amax(dim=1)
                 if following is None:
                     stage = level.repeat_interleave(outputs)
-                    if self.shortcut is not None:  # its inputs are more inputs of the last layer
-                        given = torch.cat((given, inputs))
                 elif isinstance(following, _Skip) and not following.begins:
                     stage = skipped.pop()  # sorted like what they are added to
-                units.append((_Units.sort(given, count), _Units.sort(stage, count)))
+                ins, units = units, _Units.sort(stage, count)
+                self.units.append((ins, units))
             elif isinstance(operation, _Skip) and operation.begins:
                 skipped.append(stage)
-        self.units = units  # inputs and outputs of each layer
 
     def suit(self, network: nn.Module, *sizes: int) -> bool:
         """Whether network, masks and sizes are still those that the stages were made from."""

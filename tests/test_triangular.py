@@ -102,16 +102,21 @@ def test_a_preconditioner_may_overflow():
     assert torch.equal(t.inv(y), torch.ones(3, 12))
 
 
-@pytest.mark.parametrize("conditioner", ["independent", "scale", "autoregressive"])
-def test_shortcuts_save_passes(conditioner):
-    # A random walk, whose features each lean on the one before.
-    kwargs = {"scale": True} if conditioner == "scale" else {"conditioner": conditioner}
-    flow = perturb(SinusoidalFlow(40, transforms=1, randperm=True, **kwargs), 0.01).double()
+def chained(flow, weight):
+    """Lets each feature of a flow's last triangular map lean on the one before, and returns it."""
     *_, lazy = (part for part in flow.modules() if hasattr(part, "univariate"))
     with torch.no_grad():
         linear = lazy.network.network.linear
         rank = linear.mask.sum(dim=1)
-        linear.weight.copy_(-0.9 * (rank == rank[:, None] - 1))
+        linear.weight.copy_(weight * (rank == rank[:, None] - 1))
+    return lazy
+
+
+@pytest.mark.parametrize("conditioner", ["independent", "scale", "autoregressive"])
+def test_shortcuts_save_passes(conditioner):
+    kwargs = {"scale": True} if conditioner == "scale" else {"conditioner": conditioner}
+    flow = perturb(SinusoidalFlow(40, transforms=1, randperm=True, **kwargs), 0.01).double()
+    lazy = chained(flow, -0.9)  # a random walk
     t = lazy()
     t.substitute = None
     y = torch.randn(7, 40).double().requires_grad_()
@@ -120,7 +125,8 @@ def test_shortcuts_save_passes(conditioner):
         t.preconditioner = preconditioner
         with record_inversions() as inversions:
             x = t.inv(y)
-            results += [(x, *torch.autograd.grad(x.sin().sum(), (y, linear.weight)))]
+            wanted = (y, lazy.network.network.linear.weight)
+            results += [(x, *torch.autograd.grad(x.sin().sum(), wanted))]
         for i in inversions:
             passes.setdefault(i.problem, []).append(i.iterations)
     for a, b in zip(*results, strict=True):
@@ -135,11 +141,8 @@ def test_a_poor_preconditioner_is_dropped(kwargs, dtype):
     # It supposes scales of one, where they are two: its powers grow as 1.5^100, beside inverses of
     # sinusoids that depend, in the last digit, on the rest of the batch.
     flow = perturb(SinusoidalFlow(100, transforms=1, **kwargs), 0.02).to(dtype)
-    *_, lazy = (part for part in flow.modules() if hasattr(part, "univariate"))
+    lazy = chained(flow, -1.5)
     with torch.no_grad():
-        linear = lazy.network.network.linear
-        rank = linear.mask.sum(dim=1)
-        linear.weight.copy_(-1.5 * (rank == rank[:, None] - 1))
         lazy.network.bias.view(100, -1)[:, 1] = 20.0
         t = lazy()
         y = torch.randn(16, 100, dtype=dtype)
