@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import zuko
-from data import Data, breast_cancer, digits, patches
+from data import TOYS, Data, breast_cancer, digits, patches, toy
 from images import prepare
 from pyro.distributions.transforms import Permute, block_autoregressive
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from zuko.lazy import Flow, LazyTransform, UnconditionalDistribution
 from zuko.transforms import ComposedTransform
 
 from pyro_sinflow import SinusoidalFlow
+from pyro_sinflow.networks import MaskedNetwork
 
 
 class Foreign(LazyTransform):
@@ -121,9 +122,16 @@ ORDER: dict[str, Any] = {**SIZES, "randperm": True}
 FLOWS: dict[str, Callable[[int], Flow]] = {
     "Sinusoidal, LDU blocks": partial(SinusoidalFlow, transforms=3, **ORDER),
     "Sinusoidal, scale": partial(SinusoidalFlow, transforms=3, scale=True, **ORDER),
-    # What the documentation advises where rows are few.
-    "Sinusoidal, scale, SiLU": partial(
+    # What the documentation advises where rows are few, and where they are many.
+    "Sinusoidal, scale, few rows": partial(
         SinusoidalFlow, transforms=3, scale=True, activation=nn.SiLU, **ORDER
+    ),
+    "Sinusoidal, scale, many rows": partial(
+        SinusoidalFlow,
+        transforms=3,
+        scale=True,
+        network=partial(MaskedNetwork, shortcut=8.0),
+        **ORDER,
     ),
     "Sinusoidal, autoregressive": partial(
         SinusoidalFlow, transforms=3, conditioner="autoregressive", **ORDER
@@ -155,11 +163,12 @@ def flat_digits() -> Data:
     return data._replace(**{name: getattr(data, name).flatten(1) for name in data._fields[:3]})
 
 
-DATA: dict[str, Callable[[], Data]] = {
+REAL: dict[str, Callable[[], Data]] = {
     "patches": patches,
     "digits": flat_digits,
     "breast cancer": breast_cancer,
 }
+DATA = REAL | {name: partial(toy, name) for name in TOYS}
 
 
 def afford(seconds: float, make: Callable[[int], Flow], data: Data, checkpoint: Path) -> Budget:
@@ -230,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--steps", type=int, default=400, help="of each flow, at most (default: %(default)s)"
     )
     parser.add_argument("--seconds", type=float, help="of each flow, in place of steps")
-    parser.add_argument("--data", nargs="+", choices=DATA, default=[*DATA], help="data sets")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=[*REAL], help="data sets")
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=[*FLOWS], help="flows")
     args = parser.parse_args(argv)
 

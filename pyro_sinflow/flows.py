@@ -42,7 +42,7 @@ from .networks import MaskedNetwork
 from .substitution import substitute
 from .transforms import TriangularTransform
 
-_network = partial(MaskedNetwork, shortcut=True)
+_network = partial(MaskedNetwork, shortcut=1.0)
 
 
 class SinusoidalFlow(Flow):

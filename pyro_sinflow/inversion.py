@@ -37,6 +37,9 @@ from ._checks import (
     readable,
 )
 
+# To pick the elements that have not arrived takes longer than to move as many as these once more.
+_SMALL = 4096
+
 
 class InversionError(RuntimeError):
     """An inverse failed: its input, or the map, breaks what the solver relies on."""
@@ -236,18 +239,20 @@ def _halley(function: Increasing, y: Tensor, x: Tensor, solver: Solver) -> Root:
     limit = solver.max_iter or 200
     second, third = function.bounds
     square, cubic = 0.375 * second.square(), third / 6
+    enough = (1 + y.abs()).mul_(aim / 2)
+    few = y.numel() // 8 if y.numel() > _SMALL else 0
     iteration, count = 0, y.numel()
-    while iteration < min(limit, 4) and 8 * count > y.numel():
+    while iteration < min(limit, 4) and count > few:
         iteration += 1
         value, slope, bend = function(x)
         newton = (y - value).div_(slope)
         half = (newton * bend).div_(slope).mul_(0.5)
-        step = newton.div_(half.clamp(-0.5, 0.5).add_(1))
+        turn = half.clamp(-0.5, 0.5)
+        step = newton.div_(turn + 1)
         x = x + step
         if iteration > 1:  # a first guess is hardly ever so good
-            reached = step.abs_().pow(3).mul_((square / slope).add_(cubic))
-            arrived = reached <= (1 + y.abs()).mul_(aim / 2)
-            arrived &= half.abs_() <= 0.5  # or else the formula above does not hold
+            arrived = step.abs_().pow(3).mul_((square / slope).add_(cubic)) <= enough
+            arrived &= half == turn  # or else the formula above does not hold
             count = y.numel() - int(arrived.sum())
     if count == 0:
         return Root(x, iteration, y.new_zeros(()))

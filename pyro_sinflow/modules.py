@@ -103,7 +103,7 @@ class ConditionalLDU(LazyTransform):
         slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
         network: The constructor of the networks of L and U, which takes what
             :class:`pyro_sinflow.networks.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN`
-            suits images, and ``partial(MaskedNetwork, shortcut=True)`` densities that are fitted
+            suits images, and ``partial(MaskedNetwork, shortcut=1.0)`` densities that are fitted
             to data.
         hidden_features: The numbers of hidden features of each network.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.

@@ -56,7 +56,8 @@ class Shortcut(nn.Module):
 
     Args:
         network: The network.
-        linear: The linear map, with one output for every n of the network.
+        linear: The linear map, with one output for every n of the network. The larger its mask,
+            the faster it learns.
     """
 
     def __init__(self, network: nn.Module, linear: MaskedLinear) -> None:
@@ -103,7 +104,8 @@ class MaskedNetwork(nn.Module):
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
         residual: Whether to use residual blocks or not.
         dropout: The probability that a hidden unit is dropped in training.
-        shortcut: Whether there is a linear map from inputs to shifts, zero at first, or not.
+        shortcut: How many times faster than other weights the :class:`Shortcut` learns, by an
+            optimiser that moves each by about the learning rate, as Adam does. 0 for no shortcut.
 
     Example:
         >>> network = MaskedNetwork((3,), context=2, outputs=4)
@@ -121,7 +123,7 @@ class MaskedNetwork(nn.Module):
         activation: Callable[[], nn.Module] | None = None,
         residual: bool = False,
         dropout: float = 0.0,
-        shortcut: bool = False,
+        shortcut: float = 0.0,
     ) -> None:
         super().__init__()
 
@@ -130,7 +132,7 @@ class MaskedNetwork(nn.Module):
         self.outputs = check_size("outputs", outputs)
         hidden = [check_size("hidden_features", h) for h in hidden_features]
         check_real("dropout", dropout, -1e-9, 1.0)
-        check_flag("shortcut", shortcut)
+        check_real("shortcut", shortcut, -1e-9, math.inf)
         rank = check_order(order, self.features)
         make = nn.ReLU if activation is None else activation
 
@@ -156,6 +158,8 @@ class MaskedNetwork(nn.Module):
                 if isinstance(layer, MaskedLinear):
                     # A product with booleans is several times slower.
                     layer.mask = layer.mask.to(layer.weight.dtype)
+            if isinstance(self.network, Shortcut):
+                self.network.linear.mask *= shortcut
         else:  # one feature without a context: nothing to depend on
             self.network = None
             self.constant = nn.Parameter(torch.zeros(self.outputs))

@@ -15,22 +15,34 @@ def make(shortcut, **options):
 
 def test_a_shortcut_starts_at_zero():
     x, c = torch.randn(5, 2, 3).double(), torch.randn(5, 2).double()
-    assert torch.equal(make(True)(x, c), make(False)(x, c))
+    assert torch.equal(make(1.0)(x, c), make(0.0)(x, c))
 
 
 def test_a_shortcut_reaches_the_first_output_of_each_feature_alone():
-    network = make(True)
+    network = make(1.0)
     linear = network.network.linear
     torch.nn.init.normal_(linear.weight)
     x, c = torch.randn(5, 2, 3).double(), torch.randn(5, 2).double()
-    change = network(x, c) - make(False)(x, c)
+    change = network(x, c) - make(0.0)(x, c)
     expected = linear(torch.cat((x.flatten(1), c), dim=1)).view(5, 2, 3)
     assert torch.allclose(change[..., 0], expected)
     assert torch.equal(change[..., 1:], torch.zeros(5, 2, 3, 2).double())
     assert expected.abs().min() > 0  # the first feature sees the context
 
 
-@pytest.mark.parametrize("shortcut", [False, True])
+def test_a_shortcut_learns_as_many_times_faster_as_it_says():
+    x, c = torch.randn(5, 2, 3).double(), torch.randn(5, 2).double()
+    moved = []
+    for rate in (1.0, 8.0):
+        network = make(rate)
+        network(x, c)[..., 0].sum().backward()
+        torch.optim.Adam([network.network.linear.weight]).step()
+        moved.append(network(x, c) - make(0.0)(x, c))
+    assert moved[0].abs().max() > 0
+    assert torch.allclose(moved[1], 8 * moved[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("shortcut", [0.0, 1.0])
 def test_the_jacobian_is_strictly_triangular(shortcut):
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     network = perturb(make(shortcut, order=order), 1.0)
@@ -41,8 +53,8 @@ def test_the_jacobian_is_strictly_triangular(shortcut):
 
 
 def test_a_single_layer_needs_no_shortcut():
-    assert isinstance(make(True).network, Shortcut)
-    assert not isinstance(make(True, hidden_features=()).network, Shortcut)
+    assert isinstance(make(1.0).network, Shortcut)
+    assert not isinstance(make(1.0, hidden_features=()).network, Shortcut)
 
 
 def test_densities_have_shortcuts_and_guides_have_none():

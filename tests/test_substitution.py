@@ -26,7 +26,7 @@ CASES = {
     "shift": lambda c: ConditionalLDU(11, c),
     "scale": lambda c: ConditionalLDU(11, c, scale=True, residual=True, hidden_features=(32,) * 4),
     "shortcut": lambda c: ConditionalLDU(
-        11, c, scale=True, network=partial(MaskedNetwork, shortcut=True), residual=True
+        11, c, scale=True, network=partial(MaskedNetwork, shortcut=2.0), residual=True
     ),
     "order": lambda c: ConditionalLDU(11, c, order=torch.randperm(11)),
     "linear": lambda c: ConditionalLDU(11, c, hidden_features=()),
