@@ -124,7 +124,7 @@ FLOWS: dict[str, Callable[[int], Flow]] = {
     "Sinusoidal, scale": partial(SinusoidalFlow, transforms=3, scale=True, **ORDER),
     # What the documentation advises where rows are few, and where they are many.
     "Sinusoidal, scale, few rows": partial(
-        SinusoidalFlow, transforms=3, scale=True, activation=nn.SiLU, **ORDER
+        SinusoidalFlow, transforms=2, sinusoids=8, scale=True, activation=nn.SiLU, **ORDER
     ),
     "Sinusoidal, scale, many rows": partial(
         SinusoidalFlow,
