@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from time import process_time
 from timeit import timeit
 from typing import Any
 
@@ -172,14 +173,16 @@ DATA = REAL | {name: partial(toy, name) for name in TOYS}
 
 
 def afford(seconds: float, make: Callable[[int], Flow], data: Data, checkpoint: Path) -> Budget:
-    """Returns a budget of as many steps as take some seconds, given what the first 50 take.
+    """Returns a budget of as many steps as some seconds afford, given what the first 50 take.
 
     A checkpoint keeps the number of steps that it was begun with.
     """
     if checkpoint.exists():
         return Budget(**torch.load(checkpoint, weights_only=True)["budget"])
     flow, trial = make(data.train.shape[1]), Budget(50)
-    steps = int(trial.steps * seconds / timeit(lambda: fit("pace", flow, data, trial), number=1))
+    # Processor time, lest other jobs slow one flow more than another.
+    spent = timeit(lambda: fit("pace", flow, data, trial), timer=process_time, number=1)
+    steps = int(trial.steps * seconds / spent)
     return Budget(max(steps, 1), patience=steps / 3)
 
 
@@ -238,7 +241,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, default=400, help="of each flow, at most (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=float, help="of each flow, in place of steps")
+    parser.add_argument(
+        "--seconds", type=float, help="of processor time for each flow, in place of steps"
+    )
     parser.add_argument("--data", nargs="+", choices=DATA, default=[*REAL], help="data sets")
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=[*FLOWS], help="flows")
     args = parser.parse_args(argv)
