@@ -17,7 +17,7 @@ each number has its own parameters; so does its gradient. Nothing of size
 :math:`N \times D \times K` outlives the call: the backward pass keeps inputs and slopes, and
 computes the rest again.
 
-All functions work in one layout, which :func:`_align` makes. Components come first in memory, then
+All functions work in one layout, which :func:`align` makes. Components come first in memory, then
 the M sinusoids of a chain, and numbers last, so that all operations run over contiguous memory.
 ``x`` has shape :math:`(B, N)`. ``a``, ``c`` and ``s`` have shape :math:`(K, M, B, P)`, and ``d``
 has shape :math:`(M, B, P)`, where P is 1 if the N numbers of a row share their parameters, and N if
@@ -27,19 +27,14 @@ each has its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
-from torch.autograd import Function
 
 from ._checks import broadcast, full_precision
-from .inversion import Root, Solver, report, solve_bracketed
-
-_BLOCK = 2**20
 
 
 class Chain(NamedTuple):
@@ -99,11 +94,11 @@ def constrain(
     )
 
 
-def _align(x: Tensor, chain: Chain) -> tuple[Tensor, Chain, Size]:
+def align(x: Tensor, chain: Chain) -> tuple[Tensor, Chain, Size]:
     """Brings x and a chain into the layout of this module.
 
     Returns:
-        The numbers as rows, the chain, and the shape to :func:`_restore`. Where a batch shares its
+        The numbers as rows, the chain, and the shape to :func:`restore`. Where a batch shares its
         parameters, these are neither copied nor expanded.
     """
     batch = chain.batch_shape
@@ -127,8 +122,8 @@ def _align(x: Tensor, chain: Chain) -> tuple[Tensor, Chain, Size]:
     return x, Chain(flat(chain.a, 2), flat(chain.c, 2), flat(chain.s, 2), flat(chain.d, 1)), shape
 
 
-def _restore(x: Tensor, shape: Size) -> Tensor:
-    """Brings rows back into the shape from which :func:`_align` made them."""
+def restore(x: Tensor, shape: Size) -> Tensor:
+    """Brings rows back into the shape from which :func:`align` made them."""
     return x.t().reshape(shape)
 
 
@@ -164,7 +159,7 @@ def _features(x: Tensor, a: Tensor, space: Tensor | None = None) -> Tensor:
     return space
 
 
-def _space(x: Tensor, a: Tensor) -> Tensor | None:
+def allocate(x: Tensor, a: Tensor) -> Tensor | None:
     """Allocates what features of x need, unless autograd or the compiler is looking.
 
     To reuse memory matters: to allocate it takes longer than to fill it.
@@ -212,7 +207,7 @@ def _bend(a: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return torch.cat((ac, -2 * as_, as_.sum(dim=0, keepdim=True)))
 
 
-def _sinusoids(chain: Chain, own: bool, bend: bool = False) -> list[Sinusoid]:
+def sinusoids(chain: Chain, own: bool, bend: bool = False) -> list[Sinusoid]:
     """Returns the sinusoids of a chain, whose numbers share their parameters or have their own.
 
     Those that share them know in advance whether the second derivative is wanted.
@@ -229,21 +224,21 @@ def _sinusoids(chain: Chain, own: bool, bend: bool = False) -> list[Sinusoid]:
     return [sinusoid._replace(linear=m) for sinusoid, m in zip(each, linear.unbind(0), strict=True)]
 
 
-def _own(x: Tensor, a: Tensor) -> bool:
+def has_own(x: Tensor, a: Tensor) -> bool:
     """Whether each number has its own parameters."""
     return a.shape[-1] == x.shape[-1]
 
 
-def _evaluate(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+def evaluate_rows(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """Evaluates a chain.
 
     Returns:
         The value and the log-slope of the chain, with shape (B, N); then the slopes of the M
         sinusoids, with shape (M, B, N), and the inputs of all but the first, (M - 1, B, N).
     """
-    values, slopes, own = [x], [], _own(x, parameters[0])
-    space = _space(x, parameters[0])
-    for sinusoid in _sinusoids(Chain(*parameters), own):
+    values, slopes, own = [x], [], has_own(x, parameters[0])
+    space = allocate(x, parameters[0])
+    for sinusoid in sinusoids(Chain(*parameters), own):
         value, slope = sinusoid(values[-1], space)
         values.append(value)
         slopes.append(slope)
@@ -253,7 +248,7 @@ def _evaluate(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     return values[-1], slope.log().sum(dim=0), slope, inputs
 
 
-def _pull(
+def pull(
     gy: Tensor | None,
     gl: Tensor | None,
     x: Tensor,
@@ -274,15 +269,15 @@ def _pull(
         c: The cosine amplitudes.
         s: The sine amplitudes.
         d: The shifts.
-        slope: The slopes that :func:`_evaluate` returns.
-        inputs: The inputs that :func:`_evaluate` returns.
+        slope: The slopes that :func:`evaluate_rows` returns.
+        inputs: The inputs that :func:`evaluate_rows` returns.
     """
-    k, m, own = len(a), len(d), _own(x, a)
+    k, m, own = len(a), len(d), has_own(x, a)
     # All sinusoids at once, as their inputs are known: their rows, (M B, N), are side by side.
     along = torch.cat((x.unsqueeze(0), inputs))
     x = along.flatten(0, 1)
     a, c, s = (p.flatten(1, 2) for p in (a, c, s))
-    features = _features(x, a, _space(x, a))
+    features = _features(x, a, allocate(x, a))
     if gl is not None:
         g_slope = gl / slope
         bent = _bend(a, c, s)
@@ -331,25 +326,7 @@ def _pull(
     return g, *vectors, one[0].view_as(d)
 
 
-def _by_blocks(
-    function: Callable[..., tuple[Tensor, ...]], own: bool, size: int, *args: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Applies a function to blocks of numbers, or of rows where numbers share their parameters.
-
-    This bounds the memory of the temporaries, of ``size`` elements in all, unless a few sets of
-    parameters are shared by very many numbers.
-    """
-    blocks, dim = -(-size // _BLOCK), -1 if own else -2
-    length = next(arg.shape[dim] for arg in args if arg is not None)
-    if blocks <= 1 or length <= 1 or torch.compiler.is_compiling():
-        return function(*args)
-    step = -(-length // blocks)
-    split = [() if arg is None else arg.split(step, dim) for arg in args]
-    outputs = [function(*part) for part in zip_longest(*split)]
-    return tuple(torch.cat(parts, dim) for parts in zip(*outputs, strict=True))
-
-
-def _push(
+def push(
     x: Tensor, chain: Chain, tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pushes tangents of x and the parameters to value and log-slope, and returns all four."""
@@ -358,7 +335,7 @@ def _push(
         torch.zeros_like(i) if t is None else t for t, i in zip(tangents, (x, *chain), strict=True)
     )
     ladj, dladj = torch.zeros_like(x), torch.zeros_like(x)
-    for m, sinusoid in enumerate(_sinusoids(chain, _own(x, a))):
+    for m, sinusoid in enumerate(sinusoids(chain, has_own(x, a))):
         am, cm, sm, dam, dcm, dsm = (t[:, m] for t in (a, c, s, da, dc, ds))
         features = _features(x, am)
         y, slope = sinusoid.from_features(x, features)
@@ -373,197 +350,3 @@ def _push(
         x, dx = y, dy
 
     return x, ladj, dx, dladj
-
-
-def _fold(args: Sequence[Tensor], in_dims: Sequence[int | None], n: int) -> list[Tensor]:
-    """Turns a batch dimension of ``torch.func.vmap`` into more rows: rows are independent."""
-    batched = (
-        arg.unsqueeze(-3).expand(*arg.shape[:-2], n, *arg.shape[-2:])
-        if dim is None
-        else arg.movedim(dim, -3)
-        for arg, dim in zip(args, in_dims, strict=True)
-    )
-    return [arg.flatten(-3, -2) for arg in batched]
-
-
-def _unfold(x: Tensor, n: int) -> Tensor:
-    """Undoes :func:`_fold`, and brings the batch dimension first."""
-    return x.unflatten(-2, (n, -1)).movedim(-3, 0)
-
-
-class _Forward(Function):
-    """Value and log-slope of a chain, with gradients in closed form."""
-
-    @staticmethod
-    def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        own, size = _own(x, parameters[0]), len(parameters[0]) * x.numel()
-        return _by_blocks(_evaluate, own, size, x, *parameters)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, *output[2:])
-        ctx.save_for_forward(*inputs)
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor | None, gl: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        x, a, c, s, d, slope, inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the derivative will itself be differentiated
-            slope, inputs = _evaluate(x, a, c, s, d)[2:]
-        size = len(a) * len(d) * x.numel()
-        return _by_blocks(_pull, _own(x, a), size, gy, gl, x, a, c, s, d, slope, inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        _, _, dy, dladj = _push(x, Chain(*parameters), tangents)
-        return dy, dladj, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Tensor) -> Any:
-        output = _Forward.apply(*_fold(args, in_dims, info.batch_size))
-        return tuple(_unfold(o, info.batch_size) for o in output), (0,) * len(output)
-
-
-class _Equation:
-    """A sinusoid to be inverted, with shape (B, N)."""
-
-    def __init__(self, sinusoid: Sinusoid, amplitude: Tensor, space: Tensor | None) -> None:
-        self.sinusoid = sinusoid
-        self.amplitude = amplitude  # of each component of the slope, (K, B, P)
-        self.space = space
-
-    @property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Bounds of the magnitudes of second and third derivative, with shape (B, P)."""
-        second = 2 * self.sinusoid.a * self.amplitude
-        third = 2 * self.sinusoid.a * second
-        return second.sum(dim=0), third.sum(dim=0)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns value, slope and second derivative."""
-        value, slope, bend = self.sinusoid(x, self.space, bend=True)
-        return value, slope, bend
-
-    def take(self, where: tuple[Tensor, ...]) -> _Equation:
-        """Returns the equations of some elements, as a single row."""
-        rows, columns = where
-        if self.sinusoid.linear is not None:
-            columns = torch.zeros_like(rows)
-
-        def pick(t: Tensor) -> Tensor:
-            return t[..., rows, columns].unsqueeze(-2)
-
-        sinusoid = Sinusoid(*map(pick, self.sinusoid[:4]))
-        space = _space(sinusoid.d, sinusoid.a)
-        return _Equation(sinusoid, pick(self.amplitude), space)
-
-    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns bounds of the root, from the bounds of slope and residual term."""
-        info = torch.finfo(y.dtype)
-        size = self.amplitude.sum(dim=0)  # |alpha|
-        reach = (self.amplitude / self.sinusoid.a).sum(dim=0)
-        # f(0) = d and f' is in [1 - |alpha|, 1 + |alpha|]: x is between z / (1 + |alpha|) and this.
-        z = y - self.sinusoid.d
-        far = z / (1 - size).clamp_min(info.tiny)
-        near = z / (1 + size)
-        reach = reach + 8 * info.eps * (reach + z.abs())
-
-        return (
-            torch.maximum(torch.minimum(near, far), z - reach),
-            torch.minimum(torch.maximum(near, far), z + reach),
-        )
-
-
-def _solve(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
-    """Inverts the sinusoids of a chain, the last first, and returns their roots."""
-    amplitude = torch.hypot(chain.c, chain.s) * (1 + 4 * torch.finfo(y.dtype).eps)
-    own = _own(y, chain.a)
-    roots, space = [Root(y, 0, y)], _space(y, chain.a)
-    for m, sinusoid in reversed([*enumerate(_sinusoids(chain, own, bend=True))]):
-        y = roots[-1].x
-        equation = _Equation(sinusoid, amplitude[:, m], space)
-        roots.append(solve_bracketed(equation, y, y - sinusoid.d, solver))
-    return roots[1:]
-
-
-class _Inverse(Function):
-    """The root x of f(x) = y, differentiated by the implicit function theorem."""
-
-    @staticmethod
-    def forward(solver: Solver, y: Tensor, *parameters: Tensor) -> Tensor:
-        roots: list[Root] = []
-
-        def solve(y: Tensor, *parameters: Tensor) -> tuple[Tensor]:
-            roots.extend(_solve(solver, y, Chain(*parameters)))
-            return (roots[-1].x,)
-
-        own, size = _own(y, parameters[0]), len(parameters[0]) * y.numel()
-        (x,) = _by_blocks(solve, own, size, y, *parameters)
-        report(roots, solver)
-        return x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output, *inputs[2:])
-        ctx.save_for_forward(output, *inputs[2:])
-
-    @staticmethod
-    def backward(ctx: Any, gx: Tensor) -> tuple[Tensor | None, ...]:
-        def pull(
-            gx: Tensor, x: Tensor, a: Tensor, c: Tensor, s: Tensor, d: Tensor
-        ) -> tuple[Tensor, ...]:
-            _, ladj, slope, inputs = _evaluate(x, a, c, s, d)
-            gy = gx * (-ladj).exp()
-            _, *grads = _pull(-gy, None, x, a, c, s, d, slope, inputs)
-            return gy, *grads
-
-        x, a, *others = ctx.saved_tensors
-        size = a[:, :, 0, 0].numel() * x.numel()
-        return None, *_by_blocks(pull, _own(x, a), size, gx, x, a, *others)
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, dy: Tensor | None, *tangents: Tensor | None) -> Tensor:
-        x, *parameters = ctx.saved_tensors
-        ladj, moved = _push(x, Chain(*parameters), (None, *tangents))[1:3]
-        return ((0 if dy is None else dy) - moved) * (-ladj).exp()
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], solver: Solver, *args: Tensor) -> Any:
-        x = _Inverse.apply(solver, *_fold(args, in_dims[1:], info.batch_size))
-        return _unfold(x, info.batch_size), 0
-
-
-def evaluate(x: Tensor, chain: Chain) -> tuple[Tensor, Tensor]:
-    """Returns value and log-slope of a chain of sinusoids.
-
-    Args:
-        x: The numbers, with shape :math:`(*)`.
-        chain: The parameters, with batch shape :math:`(*)`; they broadcast.
-    """
-    x, chain, shape = _align(x, chain)
-    # The compiler knows no jvp, and fuses what autograd records.
-    function = _evaluate if torch.compiler.is_compiling() else _Forward.apply
-    y, ladj, *_ = function(x, *chain)
-    return _restore(y, shape), _restore(ladj, shape)
-
-
-def invert(y: Tensor, chain: Chain, solver: Solver) -> Tensor:
-    """Returns the root x at which a chain of sinusoids is y.
-
-    Args:
-        y: The numbers, with shape :math:`(*)`.
-        chain: The parameters, with batch shape :math:`(*)`; they broadcast.
-        solver: Method, tolerance and number of iterations.
-    """
-    y, chain, shape = _align(y, chain)
-    if not torch.compiler.is_compiling():
-        return _restore(_Inverse.apply(solver, y, *chain), shape)
-    roots = _solve(solver, y.detach(), Chain(*(p.detach() for p in chain)))
-    x = roots[-1].x
-    if torch.is_grad_enabled():
-        # A step of Newton's method, whose derivative is that of the root.
-        value, ladj, *_ = _evaluate(x, *chain)
-        x = x - (value - y) * (-ladj).exp().detach()
-    return _restore(x, shape)

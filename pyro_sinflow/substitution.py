@@ -21,8 +21,8 @@ from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.utils import unpack
 
 from ._checks import autocasting
-from .inversion import solved
 from .networks import Shortcut
+from .triangular import solved
 
 _SIZE = 16  # features in a block, unless a single stage has more
 # With fewer rows than these for each stage, and in all, a few passes through the whole are faster.

@@ -27,8 +27,10 @@ from ._checks import (
     check_tensor,
     readable,
 )
-from .inversion import Solver, TriangularMap, invert_triangular
-from .sinusoid import Chain, constrain, evaluate, invert
+from .chain import evaluate, invert
+from .inversion import Solver
+from .sinusoid import Chain, constrain
+from .triangular import TriangularMap, invert_triangular
 
 
 class SinusoidalTransform(Bijection):

@@ -20,8 +20,9 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoNormalizingFlow
 from torch import nn
 
 from pyro_sinflow import SinusoidalFlow, Solver, fast_inverse, ldu
+from pyro_sinflow.chain import evaluate
 from pyro_sinflow.networks import MaskedNetwork
-from pyro_sinflow.sinusoid import constrain, evaluate
+from pyro_sinflow.sinusoid import constrain
 from pyro_sinflow.transforms import SinusoidalChain
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,401 @@
+r"""The inverse of triangular maps, and its implicit derivatives.
+
+A triangular map :math:`y_i = \tau(x_i; h_i(x_{<i}))` is inverted with a guarantee
+(:func:`invert_triangular`): the iteration :math:`x \leftarrow \tau^{-1}(y; h(x))` settles at least
+one more feature in each pass, whatever the map, so that it is exact after as many passes as there
+are features. It usually reaches round-off in a handful.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributions import Transform
+
+from ._checks import autocasting, check_instance, full_precision, readable
+from .inversion import InversionError, InversionWarning, Solver, missed, record
+
+
+class TriangularMap(NamedTuple):
+    r"""A map :math:`y_i = \tau(x_i; h_i(x_{<i}))`, in whatever order of the features.
+
+    Args:
+        conditioner: Returns, given x, the element-wise increasing :math:`\tau` as a transform.
+        event_dim: The number of dimensions of an event.
+        substitute: Returns the root by forward substitution, given y, or :py:`None` where
+            the iteration is the better way.
+        preconditioner: Returns a matrix Q, with shape (D, D), strictly triangular in the order of
+            the features. A pass moves x by :math:`I + Q` times what it would change by itself,
+            which keeps the guarantee. The nearer :math:`I + Q` is to the inverse of the Jacobian,
+            the fewer passes.
+    """
+
+    conditioner: Callable[[Tensor], Transform]
+    event_dim: int
+    substitute: Callable[[Tensor], Tensor | None] | None = None
+    preconditioner: Callable[[], Tensor] | None = None
+
+    def at(self, x: Tensor) -> Transform:
+        """Returns the element-wise transform for the conditioner's input x."""
+        return check_instance("conditioner(x)", self.conditioner(x), Transform)
+
+    def value(self, x: Tensor, fixed: Tensor | None = None) -> Tensor:
+        """Returns y; with ``fixed`` in place of x as the conditioner's input, where given."""
+        return self.at(x if fixed is None else fixed)(x)
+
+    def step(self, y: Tensor, x: Tensor) -> Tensor:
+        """Returns the root of the map whose conditioner is held at x."""
+        return self.at(x).inv(y)
+
+    def look_ahead(self) -> Tensor | None:
+        """Returns the preconditioner, as far as it is finite."""
+        if self.preconditioner is None:
+            return None
+        return self.preconditioner().detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """Returns the bound of what an inverse may return.
+
+    A feature that is not settled yet may overflow on the way, and infinity times a masked weight of
+    zero would spoil the features that are.
+    """
+    return torch.finfo(dtype).max ** 0.5
+
+
+def _cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
+    """Keeps x in range, and returns which elements belong to an event that has not left it.
+
+    Raises:
+        InversionError: If every event has left it.
+
+    Warns:
+        InversionWarning: If some have.
+    """
+    largest = _largest(x.dtype)
+    inside = (x.abs() < largest).flatten(x.ndim - event_dim).all(dim=-1)  # False for NaN
+    lost = inside.numel() - int(inside.sum())
+    if lost:
+        message = (
+            f"The inverse of a triangular map leaves the range of {x.dtype} in {lost} of "
+            f"{inside.numel()} events: the map is not finite, or its slopes are too extreme there. "
+            "Activations that are bounded, such as torch.nn.Tanh, or float64 may help."
+        )
+        if lost == inside.numel():
+            raise InversionError(message)
+        warnings.warn(message, InversionWarning, stacklevel=2)
+        x = x.nan_to_num(nan=largest).clamp(-largest, largest)
+    return x, inside[(...,) + event_dim * (None,)].expand_as(x)
+
+
+def _look_ahead(change: Tensor, event_dim: int, matrix: Tensor) -> Tensor:
+    """Returns what a change of the features lets those after them change by."""
+    largest = _largest(change.dtype)
+    rows = change.clamp(-largest, largest).flatten(change.ndim - event_dim)
+    return full_precision(torch.matmul, rows, matrix.to(rows.dtype).mT).view_as(change)
+
+
+def _settle(
+    step: Callable[[Tensor], Tensor],
+    x: Tensor,
+    event_dim: int,
+    solver: Solver,
+    problem: str,
+    passes: int | None = None,
+    preconditioner: Tensor | None = None,
+) -> Tensor:
+    """Iterates a nilpotent step until it settles, at most as many times as there are features.
+
+    An event is preconditioned for as long as there is less to change than in either of the last two
+    passes. Where a poor preconditioner, or round-off that it amplifies, puts an end to that, the
+    plain step may take as many passes again.
+    """
+    features = x.shape[x.ndim - event_dim :].numel()
+    bound = min(features, passes or features)
+    aim, tolerance = solver.tolerances(x.dtype)
+    largest, least, look = _largest(x.dtype), x.new_full((), aim), readable(x)
+    limit = solver.max_iter or (100 if solver.method == "banach" else 2 * bound)
+    if (limit >= bound and not look) or not x.numel():
+        preconditioner = None  # all passes are taken anyway, and exact without
+    limit = min(limit, bound if preconditioner is None else 2 * bound)
+
+    event = tuple(range(-event_dim, 0))
+    recent = 2 * (x.new_full((), torch.inf),)  # the largest changes of the last two passes
+    done = False
+    iteration = 0
+    while iteration < limit and not done:
+        iteration += 1
+        new = step(x)
+        if preconditioner is not None and iteration <= bound:
+            change = new - x
+            worst = (change.abs() / (1 + new.abs())).amax(dim=event, keepdim=True)  # perhaps NaN
+            less = worst < torch.maximum(*recent)
+            recent = torch.where(less, worst, 0), torch.where(less, recent[0], 0)  # never again
+            ahead = _look_ahead(change.nan_to_num(nan=0.0), event_dim, preconditioner)
+            new = torch.where(less, new + ahead, new)
+        if look:  # the change is NaN where the step is not finite
+            change = (new - x).abs()
+            done = bool((change <= torch.add(least, new.abs(), alpha=aim)).all())
+        x = new.nan_to_num(nan=0.0).clamp(-largest, largest)
+    record(problem, iteration, x.numel())
+    if done or not look or not x.numel():
+        return x
+    if features == 1:  # one pass is exact
+        return _cut_off(new, event_dim)[0]
+    # The bound makes x exact, if the map is what it should be: one more pass tells.
+    new, inside = _cut_off(step(x), event_dim)
+    change = (new - x).abs() / (1 + new.abs())
+    worst = change[inside].max()
+    if not worst <= tolerance:
+        message = missed(problem, worst, tolerance, limit)
+        if limit >= bound and not worst <= torch.finfo(x.dtype).eps ** 0.5:
+            raise InversionError(
+                f"{message} {limit} passes are exact for every triangular map: this one is not "
+                "triangular or not deterministic. Call '.eval()' if it has dropout."
+            )
+        warnings.warn(message, InversionWarning, stacklevel=2)
+    return torch.where(inside, x, new)
+
+
+def solved(x: Tensor) -> Tensor:
+    """Records a root that forward substitution has found, and keeps it in range.
+
+    Args:
+        x: The root, with shape (N, D).
+
+    Raises:
+        InversionError: If every event leaves the range of the dtype.
+
+    Warns:
+        InversionWarning: If some do.
+    """
+    record("triangular", 1, x.numel())
+    return _cut_off(x, 1)[0]
+
+
+def solve_triangular(
+    function: TriangularMap, y: Tensor, solver: Solver, passes: int | None = None
+) -> Tensor:
+    """Inverts a triangular map by nilpotent iteration, recorded by autograd pass by pass."""
+    if function.substitute is not None and solver.method == "newton" and readable(y):
+        x = function.substitute(y)
+        if x is not None:
+            return x
+    start = y if solver.method == "banach" else torch.zeros_like(y)
+    return _settle(
+        lambda x: function.step(y, x),
+        start,
+        function.event_dim,
+        solver,
+        "triangular",
+        passes,
+        None if solver.method == "banach" else function.look_ahead(),
+    )
+
+
+def invert_triangular(
+    function: TriangularMap,
+    y: Tensor,
+    phi: Sequence[Tensor],
+    solver: Solver,
+    passes: int | None = None,
+) -> Tensor:
+    r"""Inverts a triangular map, with implicit derivatives.
+
+    The gradient solves the transposed triangular system by the same nilpotent iteration, so that
+    memory does not depend on the number of passes. It can be differentiated once more. Inside
+    ``torch.func`` transforms the passes are recorded instead.
+
+    Args:
+        function: The map.
+        y: The values to invert, with shape :math:`(*, D)` or another event shape.
+        phi: The tensors, besides y, for which gradients are wanted.
+        solver: Method, tolerance and number of iterations.
+        passes: A bound of the number of passes that is lower than the number of features.
+
+    Returns:
+        The root x, with the shape of y.
+
+    Raises:
+        InversionError: If the map turns out not to be triangular, or not deterministic, or every
+            event leaves the range of the dtype.
+
+    Warns:
+        InversionWarning: If some events leave it, or the tolerance is missed because
+            ``solver.max_iter`` is small.
+    """
+    if not readable(y):
+        return solve_triangular(function, y, solver, passes)
+    wanted = [p for p in phi if p.requires_grad]
+    if torch.is_grad_enabled() and (y.requires_grad or wanted):
+        x = _TriangularInverse.apply(_Problem(function, solver, passes), y, *wanted)
+    else:
+        with torch.no_grad():
+            x = solve_triangular(function, y, solver, passes)
+    if autocasting(y):
+        # Before some version of torch, weights that autocast has cast without a gradient stay so.
+        torch.clear_autocast_cache()
+    return x
+
+
+class _Problem(NamedTuple):
+    function: TriangularMap
+    solver: Solver
+    passes: int | None
+
+    def solve(
+        self,
+        product: Callable[[Tensor], Tensor],
+        diagonal: Tensor,
+        g: Tensor,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Solves a linear system for v, of which the diagonal and the other products are given.
+
+        Its matrix is the Jacobian, or with ``transposed`` the transposed Jacobian.
+        """
+        event_dim = self.function.event_dim
+        matrix = self.function.look_ahead()
+        if matrix is not None and transposed:
+            matrix = matrix.mT
+        # Tolerances are relative to 1, and the mean over a batch makes gradients small: each event
+        # is solved in units of its largest number. Where this is zero or not finite, so is v.
+        unit = g.abs().flatten(g.ndim - event_dim).amax(dim=-1)[(...,) + event_dim * (None,)]
+        g = (g / unit).nan_to_num(0.0)
+        # To round-off, whatever the user's tolerance for samples.
+        v = _settle(
+            lambda v: (g - product(v)) / diagonal,
+            g / diagonal,
+            event_dim,
+            Solver(),
+            "adjoint",
+            self.passes,
+            matrix,
+        )
+        return unit * v
+
+
+class _Gate(Function):
+    """The identity, whose backward is blocked while the gate is shut.
+
+    It makes an intermediate result a constant for one derivative, and a variable for the next.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: list[bool]) -> Tensor:
+        ctx.gate = gate
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gx: Tensor) -> tuple[Tensor | None, None]:
+        return (gx if ctx.gate[0] else None), None
+
+
+def _split_jacobian(function: TriangularMap, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y as a function of a leaf that feeds the conditioner, that leaf, and the diagonal."""
+    with torch.enable_grad():
+        leaf, own = x.detach().requires_grad_(), x.detach().requires_grad_()
+        y = function.value(own, fixed=leaf)
+        (diagonal,) = torch.autograd.grad(y, own, torch.ones_like(y), retain_graph=True)
+    return y, leaf, diagonal
+
+
+def _pull(y: Tensor, leaf: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+    """Returns the product of the transposed Jacobian with v; zero where nothing depends on leaf."""
+    if not y.requires_grad:
+        return torch.zeros_like(leaf)
+    (product,) = torch.autograd.grad(
+        y, leaf, v, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+    return product
+
+
+def _solve_adjoint(problem: _Problem, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns v, which solves J^T v = g for the Jacobian J at x, and the map's value at x."""
+    y, leaf, diagonal = _split_jacobian(problem.function, x)
+    return problem.solve(lambda v: _pull(y, leaf, v), diagonal, g, transposed=True), y
+
+
+class _TriangularInverse(Function):
+    """x = f^{-1}(y): the gradient v solves J^T v = g, and reaches phi as -v^T df/dphi."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: _Problem, y: Tensor, *phi: Tensor) -> Tensor:
+        x = solve_triangular(problem.function, y, problem.solver, problem.passes)
+        ctx.problem = problem
+        ctx.autocast = _autocast_state(y)
+        ctx.save_for_backward(x, *phi)
+        ctx.set_materialize_grads(False)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *phi = ctx.saved_tensors
+        if g is None:
+            return (None, None, *[None for _ in phi])
+        create_graph = torch.is_grad_enabled()
+        with torch.autocast(**ctx.autocast):
+            # For the gradient of phi, x is a constant, lest it run through this very node again;
+            # for the derivative of the result it is a variable.
+            gate = [False]
+            if create_graph:
+                v = _TriangularAdjoint.apply(ctx.problem, ctx.autocast, g, x, *phi)
+                y = ctx.problem.function.value(_Gate.apply(x, gate))
+            else:
+                v, y = _solve_adjoint(ctx.problem, x, g)
+            grads: Sequence[Tensor | None] = [None for _ in phi]
+            if phi and y.requires_grad:
+                grads = torch.autograd.grad(
+                    y, phi, -v, create_graph=create_graph, allow_unused=True
+                )
+            gate[0] = True
+        return None, v, *grads
+
+
+class _TriangularAdjoint(Function):
+    """v = J(x)^{-T} g, as a function of g, x and phi; for the second derivative of the inverse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: _Problem, autocast: dict[str, Any], g: Tensor, x: Tensor, *phi: Tensor
+    ) -> Tensor:
+        v, _ = _solve_adjoint(problem, x, g)
+        ctx.problem, ctx.autocast = problem, autocast
+        ctx.save_for_backward(v, x, *phi)
+        return v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
+        v, x, *phi = ctx.saved_tensors
+        v = v.detach()  # an output of this very node, through which phi's gradient must not run
+        function = ctx.problem.function
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            # J u = w. The product with J is the derivative, with respect to z, of J^T z.
+            y, leaf, diagonal = _split_jacobian(function, x)
+            z = torch.zeros_like(v).requires_grad_()
+            pulled = _pull(y, leaf, z, create_graph=True)
+            u = ctx.problem.solve(lambda u: _pull(pulled, z, u), diagonal, w)
+            # The remaining gradients are those of -<v, J(x) u>, at constant u and v.
+            leaf = x.detach().requires_grad_()
+            (pulled,) = torch.autograd.grad(function.value(leaf), leaf, v, create_graph=True)
+            grads = (
+                torch.autograd.grad(pulled, (leaf, *phi), -u, allow_unused=True)
+                if pulled.requires_grad
+                else (None,) * (1 + len(phi))
+            )
+        return None, None, u, *grads
+
+
+def _autocast_state(x: Tensor) -> dict[str, Any]:
+    device = x.device.type
+    return {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }
