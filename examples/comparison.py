@@ -27,8 +27,7 @@ from zuko.distributions import DiagNormal
 from zuko.lazy import Flow, LazyTransform, UnconditionalDistribution
 from zuko.transforms import ComposedTransform
 
-from pyro_sinflow import SinusoidalFlow
-from pyro_sinflow.networks import MaskedNetwork
+from pyro_sinflow import MaskedNetwork, SinusoidalFlow
 
 
 class Foreign(LazyTransform):

@@ -4,7 +4,7 @@ from ._version import __version__
 from .flows import FastInverse, SinusoidalFlow, fast_inverse
 from .inversion import Inversion, InversionError, InversionWarning, Solver, record_inversions
 from .modules import LDU, ConditionalLDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
-from .networks import PixelCNN
+from .networks import MaskedNetwork, PixelCNN
 from .transforms import LDUTransform, SinusoidalTransform, TriangularTransform
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "InversionError",
     "InversionWarning",
     "LDUTransform",
+    "MaskedNetwork",
     "PixelCNN",
     "Sinusoidal",
     "SinusoidalFlow",

@@ -9,7 +9,6 @@ import zuko
 
 import pyro_sinflow
 from pyro_sinflow.conditioners import LazyTriangular
-from pyro_sinflow.networks import MaskedNetwork
 
 
 @pytest.fixture(autouse=True)
@@ -17,4 +16,4 @@ def _namespace(doctest_namespace: dict[str, Any]) -> None:
     torch.manual_seed(0)
     doctest_namespace.update(torch=torch, pyro=pyro, zuko=zuko)
     doctest_namespace.update((n, getattr(pyro_sinflow, n)) for n in pyro_sinflow.__all__)
-    doctest_namespace.update(LazyTriangular=LazyTriangular, MaskedNetwork=MaskedNetwork)
+    doctest_namespace.update(LazyTriangular=LazyTriangular)

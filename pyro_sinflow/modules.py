@@ -102,7 +102,7 @@ class ConditionalLDU(LazyTransform):
             in ascending order.
         slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
         network: The constructor of the networks of L and U, which takes what
-            :class:`pyro_sinflow.networks.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN`
+            :class:`pyro_sinflow.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN`
             suits images, and ``partial(MaskedNetwork, shortcut=1.0)`` densities that are fitted
             to data.
         hidden_features: The numbers of hidden features of each network.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import perturb
 
-from pyro_sinflow import LDU, SinusoidalFlow
-from pyro_sinflow.networks import MaskedNetwork, Shortcut
+from pyro_sinflow import LDU, MaskedNetwork, SinusoidalFlow
+from pyro_sinflow.networks import Shortcut
 
 
 def make(shortcut, **options):

@@ -13,13 +13,13 @@ from pyro_sinflow import (
     LDU,
     ConditionalLDU,
     InversionWarning,
+    MaskedNetwork,
     SinusoidalFlow,
     fast_inverse,
     record_inversions,
     substitution,
 )
 from pyro_sinflow.conditioners import LazyTriangular
-from pyro_sinflow.networks import MaskedNetwork
 from pyro_sinflow.substitution import Evaluation, Stages, substitute
 
 CASES = {

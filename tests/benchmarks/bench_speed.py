@@ -19,9 +19,8 @@ from pyro.distributions.transforms import block_autoregressive, iterated, spline
 from pyro.infer.autoguide import AutoIAFNormal, AutoNormalizingFlow
 from torch import nn
 
-from pyro_sinflow import SinusoidalFlow, Solver, fast_inverse, ldu
+from pyro_sinflow import MaskedNetwork, SinusoidalFlow, Solver, fast_inverse, ldu
 from pyro_sinflow.chain import evaluate
-from pyro_sinflow.networks import MaskedNetwork
 from pyro_sinflow.sinusoid import constrain
 from pyro_sinflow.transforms import SinusoidalChain
 
