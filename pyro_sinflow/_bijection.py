@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from ._checks import check_broadcast, check_choice, check_shape, check_tensor, readable
+from ._checks import check_broadcast, check_choice, check_shape, check_tensor, lasting, version
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -20,12 +21,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def sum_last(x: Tensor, dims: int) -> Tensor:
+    """Sums over the last dimensions."""
+    return x.flatten(x.ndim - dims).sum(dim=-1) if dims else x
+
+
 class Bijection(Transform):
     """A bijective transform of real tensors.
 
     With ``cache_size=1``, the latest pair (x, y) is kept with its log-determinant, as Pyro's flows
     keep it. The pair is dropped when a backward pass has used it, because its graph is gone then,
-    and when a parameter has changed.
+    when x, y or what the transform depends on has changed, and when gradients are wanted that it
+    was computed without.
     """
 
     bijective = True
@@ -136,9 +143,10 @@ class Bijection(Transform):
         return self._cached_x_y
 
     def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | None = None) -> None:
-        if self._cache_size == 0 or not readable(x, y):
+        if self._cache_size == 0 or not lasting(x, y):
             return
-        self._cached_x_y, self._cached_ladj, self._cached_key = (x, y), ladj, self._key()
+        self._cached_x_y, self._cached_ladj = (x, y), ladj
+        self._cached_key = self._key()
         this = weakref.ref(self)
 
         def forget(_: Tensor) -> None:
@@ -150,11 +158,18 @@ class Bijection(Transform):
             if tensor is not None and tensor.grad_fn is not None:
                 tensor.register_hook(forget)
 
+    def _tensors(self) -> Iterable[Tensor]:
+        """The tensors that the transform depends on."""
+        return self.parameters() if isinstance(self, nn.Module) else ()
+
     def _key(self) -> tuple[Any, ...]:
-        """Changes whenever the transform does."""
-        if isinstance(self, nn.Module):
-            return self.training, *((id(p), p._version) for p in self.parameters())
-        return ()
+        """Changes whenever the cached pair may no longer be what it would be if computed now."""
+        return (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            getattr(self, "training", None),
+            *((id(t), version(t), t.requires_grad) for t in (*self._cached_x_y, *self._tensors())),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither copies nor pickles carry the cache: tensors with a graph can be neither.

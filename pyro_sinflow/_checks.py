@@ -9,21 +9,41 @@ from typing import Any, TypeVar
 import torch
 from torch import Size, Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Callable[..., Any])
 
 
-def readable(*tensors: Tensor) -> bool:
-    """Whether Python may branch on the tensors' values.
+def lasting(*tensors: Tensor) -> bool:
+    """Whether the tensors have values, and outlive the call.
 
-    It may not inside ``torch.compile`` or a ``torch.func`` transform, nor on fake or meta tensors.
-    There, checks of values are skipped and iterations run a fixed number of times.
+    They do not inside ``torch.compile`` or a ``torch.func`` transform, nor if fake or meta.
     """
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
     )
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether Python may branch on the tensors' values.
+
+    It may only if they last, and neither while ``torch.jit.trace`` records, nor on dual tensors of
+    forward differentiation, whose tangents settle later than their values. Where it may not, checks
+    of values are skipped and iterations run a fixed number of times.
+    """
+    return (
+        lasting(*tensors)
+        and not torch.jit.is_tracing()
+        and all(unpack_dual(t).tangent is None for t in tensors)
+    )
+
+
+def version(tensor: Tensor) -> int | None:
+    """Returns what changes when a tensor does; tensors of inference mode do not tell."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def check_tensor(name: str, x: Any) -> None:
@@ -141,10 +161,11 @@ def check_instance(name: str, value: Any, cls: type[T]) -> T:
     return value
 
 
-def check_callable(name: str, value: Any) -> None:
-    """Requires something that can be called."""
+def check_callable(name: str, value: C) -> C:
+    """Requires something that can be called, and returns it."""
     if not callable(value):
         raise TypeError(f"'{name}' should be callable, got {value!r}.")
+    return value
 
 
 def check_flag(name: str, value: Any) -> None:

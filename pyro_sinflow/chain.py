@@ -194,7 +194,7 @@ class _Inverse(Function):
             return gy, *grads
 
         x, a, *others = ctx.saved_tensors
-        size = a[:, :, 0, 0].numel() * x.numel()
+        size = a.shape[0] * a.shape[1] * x.numel()
         return None, *_by_blocks(pull_back, has_own(x, a), size, gx, x, a, *others)
 
     @staticmethod

@@ -53,6 +53,11 @@ def affine_chain(
     return ComposedTransform(affine, sinusoids)
 
 
+def dependencies(module: nn.Module, c: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns the tensors that a module's transform depends on, given a context."""
+    return (*module.parameters(), *(() if c is None else (c,)))
+
+
 class LazyTriangular(LazyTransform):
     r"""Creates a lazy triangular transformation.
 
@@ -105,7 +110,7 @@ class LazyTriangular(LazyTransform):
         network = self.network.network if type(self.network) is MaskedNetwork else None
         return TriangularTransform(
             partial(self.meta, c),
-            phi=lambda: (*self.parameters(), *(() if c is None else (c,))),
+            phi=partial(dependencies, self, c),
             event_dim=event_dim,
             substitute=partial(substitute, network, self.univariate, self.shapes, c, event_dim),
             preconditioner=network.preconditioner if isinstance(network, Shortcut) else None,

@@ -34,6 +34,7 @@ from .conditioners import (
     LazyAffine,
     LazyTriangular,
     affine_chain,
+    dependencies,
     initial_sinusoids,
 )
 from .inversion import Solver
@@ -208,6 +209,11 @@ def _alike(univariate: Any) -> bool:
     return isinstance(univariate, type) and issubclass(univariate, Transform)
 
 
+def _lowered(function: Callable[[Tensor], Transform], dtype: torch.dtype, x: Tensor) -> Transform:
+    """Evaluates a conditioner whose weights are of half precision."""
+    return function(x.to(dtype))
+
+
 class FastInverse(LazyTransform):
     r"""Wraps one of zuko's autoregressive transformations, to invert it in fewer passes.
 
@@ -238,11 +244,14 @@ class FastInverse(LazyTransform):
         """Returns the transformation, given a context."""
         lazy = self.transform
         t = check_instance("transform(c)", lazy(c), AutoregressiveTransform)
+        # Transforms run in at least float32, zuko's networks in the dtype of their weights.
+        dtype = next(lazy.parameters()).dtype
+        meta = partial(_lowered, t.meta, dtype) if dtype.itemsize < 4 else t.meta
         standard = type(lazy).meta is MaskedAutoregressiveTransform.meta
         network = lazy.hyper if standard and _alike(lazy.univariate) else None
         return TriangularTransform(
-            t.meta,
-            phi=lambda: (*self.parameters(), *(() if c is None else (c,))),
+            meta,
+            phi=partial(dependencies, self, c),
             passes=t.passes,
             substitute=partial(substitute, network, lazy.univariate, lazy.shapes, c, 1),
             solver=self.solver,

@@ -183,7 +183,11 @@ def solve_bracketed(function: Increasing, y: Tensor, start: Tensor, solver: Solv
         return _banach(function, y, start, solver)
     if not readable(y, start):
         return _safeguarded(function, y, start, solver, limit=40)
-    return _halley(function, y, start, solver)
+    limit = solver.max_iter or 200
+    if solver.tolerances(y.dtype)[0] < torch.finfo(y.dtype).eps:
+        # Out of reach: only the residual itself tells by how much.
+        return _safeguarded(function, y, start, solver, limit)
+    return _halley(function, y, start, solver, limit)
 
 
 def report(roots: Sequence[Root], solver: Solver) -> None:
@@ -215,7 +219,7 @@ def _banach(function: Increasing, y: Tensor, x: Tensor, solver: Solver) -> Root:
     return Root(x, iteration, relative.max() if x.numel() else relative.sum())
 
 
-def _halley(function: Increasing, y: Tensor, x: Tensor, solver: Solver) -> Root:
+def _halley(function: Increasing, y: Tensor, x: Tensor, solver: Solver, limit: int) -> Root:
     r"""Halley's steps for all elements, then safeguarded ones for those that need them.
 
     After the step :math:`\delta`, the residual is at most :math:`|\delta|^3 (3 M_2^2 / 8 f'(x) +
@@ -223,7 +227,6 @@ def _halley(function: Increasing, y: Tensor, x: Tensor, solver: Solver) -> Root:
     most elements that they have arrived, without evaluating the function again.
     """
     aim, _ = solver.tolerances(y.dtype)
-    limit = solver.max_iter or 200
     second, third = function.bounds
     square, cubic = 0.375 * second.square(), third / 6
     enough = (1 + y.abs()).mul_(aim / 2)

@@ -3,7 +3,7 @@ r"""Transforms that own their parameters, for Pyro, and conditional ones, for Py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -260,6 +260,9 @@ class LDU(LDUTransform, TransformModule):
         self.block = ConditionalLDU(features, **kwargs)
         self.batch_shape = Size()
         self._event_dim = len(self.block.features)
+
+    def _tensors(self) -> Iterable[Tensor]:
+        return self.parameters()  # without making the parts
 
     @property
     def upper(self) -> Transform:  # type: ignore[override]

@@ -11,10 +11,12 @@ from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.utils import broadcast
 
 from ._checks import (
+    check_callable,
     check_dtype,
     check_event,
     check_flag,
     check_real,
+    check_shape,
     check_size,
     check_sizes,
     check_tensor,
@@ -45,6 +47,15 @@ def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
     if sorted(ranks.tolist()) != list(range(n)):
         raise ValueError(f"'order' should be a permutation of 0, ..., {n - 1}, got {order}.")
     return ranks.long()
+
+
+def check_activation(activation: Callable[[], nn.Module] | None) -> Callable[[], nn.Module]:
+    """Requires the constructor of a module, and returns it; that of rectifiers for None."""
+    if isinstance(activation, nn.Module):  # which can be called, but not for this
+        raise TypeError(
+            f"'activation' should be a constructor, such as torch.nn.ReLU, got {activation}."
+        )
+    return nn.ReLU if activation is None else check_callable("activation", activation)
 
 
 class Shortcut(nn.Module):
@@ -130,11 +141,12 @@ class MaskedNetwork(nn.Module):
         self.features = check_sizes("features", features)
         self.context = check_size("context", context, minimum=0)
         self.outputs = check_size("outputs", outputs)
-        hidden = [check_size("hidden_features", h) for h in hidden_features]
+        sizes = check_shape("hidden_features", hidden_features)
+        hidden = [check_size("hidden_features", h) for h in sizes]
         check_real("dropout", dropout, -1e-9, 1.0)
         check_real("shortcut", shortcut, -1e-9, math.inf)
         rank = check_order(order, self.features)
-        make = nn.ReLU if activation is None else activation
+        make = check_activation(activation)
 
         adjacency = rank[:, None] > rank
         adjacency = torch.cat(
@@ -299,7 +311,8 @@ class PixelCNN(nn.Module):
         channels = self.features[0]
         self.context = check_size("context", context, minimum=0)
         self.outputs = check_size("outputs", outputs)
-        hidden = [check_size("hidden_features", h, channels + 1) for h in hidden_features]
+        sizes = check_shape("hidden_features", hidden_features)
+        hidden = [check_size("hidden_features", h, channels + 1) for h in sizes]
         check_flag("residual", residual)
         check_real("dropout", dropout, -1e-9, 1.0)
         if check_size("kernel_size", kernel_size, minimum=3) % 2 == 0:
@@ -308,7 +321,7 @@ class PixelCNN(nn.Module):
         self.mirrored = rank != sorted(rank)
         if self.mirrored and rank != sorted(rank, reverse=True):
             raise ValueError(f"'order' should be ascending or descending, got {order}.")
-        make = nn.ReLU if activation is None else activation
+        make = check_activation(activation)
 
         def activate() -> nn.Module:
             return nn.Sequential(make(), nn.Dropout(dropout)) if dropout else make()

@@ -68,12 +68,13 @@ def constrain(
         weight: The unconstrained weights, with shape (*, M, K).
         residual: The unconstrained residual weights, with shape (*, M).
         shift: The shifts, with shape (*, M).
-        slope: The smallest slope.
+        slope: The smallest slope, which is not less than 16 times the machine epsilon.
     """
     dtype = torch.promote_types(frequency.dtype, torch.float32)
     # At a = 0 the sinusoid has a limit, x + d + c x, and a frequency this small reaches it to the
     # last digit, while P / a stays clear of 0 / 0 and of denormal numbers.
     smallest = math.sqrt(torch.finfo(dtype).tiny)
+    slope = max(slope, 16 * torch.finfo(dtype).eps)  # or round-off would take it below zero
     vectors, scalars = (frequency, phase, weight), (residual, shift)
     batch = max(*(t.ndim - 2 for t in vectors), *(t.ndim - 1 for t in scalars))
 

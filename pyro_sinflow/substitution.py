@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.utils import unpack
 
-from ._checks import autocasting
+from ._checks import autocasting, version
 from .networks import Shortcut
 from .triangular import solved
 
@@ -88,11 +88,6 @@ def _split(network: nn.Module) -> tuple[list[nn.Module | _Skip], MaskedLinear | 
     return _operations(network), shortcut
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Returns what changes when a tensor does; tensors of inference mode do not tell."""
-    return None if tensor.is_inference() else tensor._version
-
-
 class Stages:
     """The stages of a masked network: first its context, then its features.
 
@@ -120,7 +115,7 @@ class Stages:
         self.sizes = features, context
         self.linears = [o for o in self.operations if isinstance(o, MaskedLinear)]
         masked = [*self.linears, *([] if self.shortcut is None else [self.shortcut])]
-        self.masks = [(layer, layer.mask, _version(layer.mask)) for layer in masked]
+        self.masks = [(layer, layer.mask, version(layer.mask)) for layer in masked]
         if self.linears[0].in_features != features + context:
             raise NotImplementedError(f"{features} features and {context} of a context are given.")
         device = self.linears[0].mask.device
@@ -181,7 +176,7 @@ class Stages:
     def suit(self, network: nn.Module, *sizes: int) -> bool:
         """Whether network, masks and sizes are still those that the stages were made from."""
         return (self.operations, self.shortcut, self.sizes) == (*_split(network), sizes) and all(
-            layer.mask is mask and _version(mask) == version for layer, mask, version in self.masks
+            layer.mask is mask and version(mask) == seen for layer, mask, seen in self.masks
         )
 
     def weight(self, layer: MaskedLinear) -> Tensor:

@@ -7,15 +7,16 @@ the parameters. The explicit direction is ``t(x)``, the iterative one is ``t.inv
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
 from textwrap import indent
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
-from torch.distributions.utils import _sum_rightmost
 
-from ._bijection import Bijection, at_least_float32
+from ._bijection import Bijection, at_least_float32, sum_last
 from ._checks import (
     broadcast,
     check_broadcast,
@@ -54,7 +55,8 @@ class SinusoidalTransform(Bijection):
         weight: The unconstrained weights, with shape :math:`(*, K)`.
         residual: The unconstrained residual weight, with shape :math:`(*)`.
         shift: The shift :math:`d`, with shape :math:`(*)`.
-        slope: The smallest slope :math:`\epsilon`, in :math:`(0, 1)`.
+        slope: The smallest slope :math:`\epsilon`, in :math:`(0, 1)`. If it is less than 16 times
+            the machine epsilon, it is raised to that.
         solver: How the inverse is computed.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
 
@@ -282,7 +284,7 @@ class TriangularTransform(Bijection):
         if phi is None:
             phi = conditioner.parameters if isinstance(conditioner, nn.Module) else ()
         if not callable(phi):
-            phi = tuple(check_instance("phi", tensor, Tensor) for tensor in phi)
+            phi = partial(tuple, [check_instance("phi", tensor, Tensor) for tensor in phi])
         super().__init__(cache_size=cache_size)
 
         for name, value in (("substitute", substitute), ("preconditioner", preconditioner)):
@@ -317,12 +319,15 @@ class TriangularTransform(Bijection):
     @property
     def phi(self) -> tuple[Tensor, ...]:
         """The tensors that gradients of the inverse reach."""
-        return tuple(self._phi()) if callable(self._phi) else self._phi
+        return tuple(self._phi())
+
+    def _tensors(self) -> Iterable[Tensor]:
+        return self.phi
 
     def _map(self) -> TriangularMap:
         # Apart from self: the graph of an inverse keeps it, and must not keep a cached pair.
         return TriangularMap(
-            self.conditioner, self._event_dim, self.substitute, self.preconditioner
+            self.conditioner, self._event_dim, self.substitute, self.preconditioner, self._phi
         )
 
     def _call(self, x: Tensor) -> Tensor:
@@ -332,19 +337,18 @@ class TriangularTransform(Bijection):
         x = at_least_float32(x)
         tau = self._map().at(x)
         y, ladj = tau.call_and_ladj(x)  # type: ignore[attr-defined]
-        return y, _sum_rightmost(ladj, self._event_dim - tau.domain.event_dim)
+        return y, sum_last(ladj, self._event_dim - tau.domain.event_dim)
 
     def _inverse(self, y: Tensor) -> Tensor:
         y = at_least_float32(y).expand(self.forward_shape(y.shape))
-        phi = self.phi
-        if not phi and torch.is_grad_enabled() and readable(y):
+        if torch.is_grad_enabled() and readable(y) and not self.phi:
             value = self._map().value(y.detach())
             if value.requires_grad:
                 raise ValueError(
                     "'phi' is empty, but 'conditioner' depends on tensors that require gradients, "
                     "which the gradient of the inverse would miss: list them in 'phi'."
                 )
-        return invert_triangular(self._map(), y, phi, self.solver, self.passes)
+        return invert_triangular(self._map(), y, self.solver, self.passes)
 
 
 class LDUTransform(Bijection):
@@ -412,6 +416,9 @@ class LDUTransform(Bijection):
             batch_shape = shape[: len(shape) - self._event_dim]
         self.batch_shape = Size(batch_shape)
 
+    def _tensors(self) -> Iterable[Tensor]:
+        return chain.from_iterable(p._tensors() for p in self.parts if isinstance(p, Bijection))
+
     @property
     def parts(self) -> tuple[Transform, Transform, Transform]:
         """The three maps, in the order in which they are applied."""
@@ -443,5 +450,5 @@ class LDUTransform(Bijection):
         total = torch.zeros((), dtype=x.dtype, device=x.device)
         for part in self.parts:
             x, ladj = part.call_and_ladj(x)  # type: ignore[attr-defined]
-            total = total + _sum_rightmost(ladj, self._event_dim - part.domain.event_dim)
+            total = total + sum_last(ladj, self._event_dim - part.domain.event_dim)
         return x, total

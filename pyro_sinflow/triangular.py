@@ -9,7 +9,7 @@ are features. It usually reaches round-off in a handful.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +33,14 @@ class TriangularMap(NamedTuple):
             the features. A pass moves x by :math:`I + Q` times what it would change by itself,
             which keeps the guarantee. The nearer :math:`I + Q` is to the inverse of the Jacobian,
             the fewer passes.
+        phi: Returns the tensors, apart from x, for which gradients are wanted.
     """
 
     conditioner: Callable[[Tensor], Transform]
     event_dim: int
     substitute: Callable[[Tensor], Tensor | None] | None = None
     preconditioner: Callable[[], Tensor] | None = None
+    phi: Callable[[], Iterable[Tensor]] = tuple
 
     def at(self, x: Tensor) -> Transform:
         """Returns the element-wise transform for the conditioner's input x."""
@@ -143,7 +145,9 @@ def _settle(
             done = bool((change <= torch.add(least, new.abs(), alpha=aim)).all())
         x = new.nan_to_num(nan=0.0).clamp(-largest, largest)
     record(problem, iteration, x.numel())
-    if done or not look or not x.numel():
+    if not look:  # what cannot be reported is passed on
+        return torch.where(new.isfinite().all(dim=event, keepdim=True), new, torch.nan)
+    if done or not x.numel():
         return x
     if features == 1:  # one pass is exact
         return _cut_off(new, event_dim)[0]
@@ -199,11 +203,7 @@ def solve_triangular(
 
 
 def invert_triangular(
-    function: TriangularMap,
-    y: Tensor,
-    phi: Sequence[Tensor],
-    solver: Solver,
-    passes: int | None = None,
+    function: TriangularMap, y: Tensor, solver: Solver, passes: int | None = None
 ) -> Tensor:
     r"""Inverts a triangular map, with implicit derivatives.
 
@@ -214,7 +214,6 @@ def invert_triangular(
     Args:
         function: The map.
         y: The values to invert, with shape :math:`(*, D)` or another event shape.
-        phi: The tensors, besides y, for which gradients are wanted.
         solver: Method, tolerance and number of iterations.
         passes: A bound of the number of passes that is lower than the number of features.
 
@@ -231,7 +230,7 @@ def invert_triangular(
     """
     if not readable(y):
         return solve_triangular(function, y, solver, passes)
-    wanted = [p for p in phi if p.requires_grad]
+    wanted = [p for p in function.phi() if p.requires_grad]
     if torch.is_grad_enabled() and (y.requires_grad or wanted):
         x = _TriangularInverse.apply(_Problem(function, solver, passes), y, *wanted)
     else:
@@ -247,6 +246,17 @@ class _Problem(NamedTuple):
     function: TriangularMap
     solver: Solver
     passes: int | None
+
+    def check(self, phi: Sequence[Tensor]) -> None:
+        """Requires that the map still depends on the tensors that it was inverted with."""
+        now = [*self.function.phi()]
+        same = (any(p is q if p.is_leaf else p.grad_fn is q.grad_fn for q in now) for p in phi)
+        if not all(same):
+            raise RuntimeError(
+                "The gradient of an inverse evaluates the map once more, but its parameters have "
+                "been replaced since, as torch.func.functional_call does: differentiate while they "
+                "are in place, or use torch.func.grad."
+            )
 
     def solve(
         self,
@@ -338,6 +348,7 @@ class _TriangularInverse(Function):
         x, *phi = ctx.saved_tensors
         if g is None:
             return (None, None, *[None for _ in phi])
+        ctx.problem.check(phi)
         create_graph = torch.is_grad_enabled()
         with torch.autocast(**ctx.autocast):
             # For the gradient of phi, x is a constant, lest it run through this very node again;
@@ -373,6 +384,7 @@ class _TriangularAdjoint(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
         v, x, *phi = ctx.saved_tensors
+        ctx.problem.check(phi)
         v = v.detach()  # an output of this very node, through which phi's gradient must not run
         function = ctx.problem.function
         with torch.enable_grad(), torch.autocast(**ctx.autocast):

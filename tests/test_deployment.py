@@ -1,8 +1,11 @@
 """Checkpoints and exported programs give the flow's numbers, to the bit."""
 
+import pickle
+
 import pytest
 import torch
 from conftest import perturb
+from torch import nn
 
 from pyro_sinflow import SinusoidalFlow
 
@@ -11,6 +14,30 @@ CONDITIONERS = [{}, {"scale": True}, {"conditioner": "autoregressive"}]
 
 def make(options):
     return SinusoidalFlow(3, context=2, transforms=2, **options)
+
+
+@pytest.mark.parametrize("options", CONDITIONERS)
+def test_pickle_of_a_distribution(options):
+    flow, x, c = perturb(make(options), 0.1).eval(), torch.randn(5, 3), torch.randn(2)
+    other = pickle.loads(pickle.dumps(flow(c)))
+    assert torch.equal(flow(c).log_prob(x), other.log_prob(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("options", CONDITIONERS)
+def test_trace_of_an_inverse(options):
+    class Inverse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = perturb(make(options), 0.1).eval()
+
+        def forward(self, z, c):
+            return self.flow(c).transform.inv(z)
+
+    inverse, c = Inverse(), torch.randn(5, 2)
+    traced = torch.jit.trace(inverse, (torch.randn(5, 3), c))
+    z = torch.randn(5, 3)
+    assert torch.allclose(traced(z, c), inverse(z, c), atol=1e-5)
 
 
 @pytest.mark.parametrize("options", CONDITIONERS)

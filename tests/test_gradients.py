@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import zuko
 from conftest import perturb
 from torch import nn
@@ -181,6 +182,49 @@ def test_missing_phi_is_an_error():
         t.inv(torch.randn(3))
     with torch.no_grad():
         t.inv(torch.randn(3))
+
+
+def test_parameters_replaced_before_the_backward_pass_are_an_error():
+    class Inverse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t = LDU(3)
+
+        def forward(self, y):
+            return self.t.inv(y).sum()
+
+    module, y = perturb(Inverse()), torch.randn(2, 3)
+    others = {n: p.detach() + 0.1 for n, p in module.named_parameters()}
+    leaves = {n: p.clone().requires_grad_() for n, p in others.items()}
+    with pytest.raises(RuntimeError, match=r"replaced since, as torch\.func\.functional_call does"):
+        torch.func.functional_call(module, leaves, (y,)).backward()
+    grads = torch.func.grad(lambda p: torch.func.functional_call(module, p, (y,)))(others)
+    module.load_state_dict(others, strict=False)  # masks stay
+    module(y).backward()
+    for name, parameter in module.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(grads[name], expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["sinusoid", "block", "autoregressive"])
+def test_forward_differentiation_outside_of_torch_func(name):
+    t = transforms()[name]
+    if name == "block":
+        t.requires_grad_(False)
+    y, v = torch.zeros(3), torch.randn(3)
+    expected = torch.autograd.functional.jacobian(t.inv, y) @ v
+    with torch.no_grad(), fwAD.dual_level():
+        x = t.inv(fwAD.make_dual(y, v))
+        assert torch.allclose(fwAD.unpack_dual(x).tangent, expected, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
+@pytest.mark.parametrize("name", ["block", "autoregressive"])
+def test_nan_does_not_pass_in_silence_inside_of_torch_func(name):
+    y = torch.randn(4, 3)
+    y[1, 0] = torch.nan
+    x = torch.func.vmap(transforms()[name].inv)(y)
+    assert x.isnan().tolist() == [[row == 1] * 3 for row in range(4)]
 
 
 def transforms():

@@ -13,11 +13,12 @@ from conftest import perturb
 from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions.conditional import ConditionalComposeTransformModule
 from pyro.distributions.transforms import iterated
-from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, JitTrace_ELBO, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
+from zuko.transforms import AdditiveTransform
 
 from pyro_sinflow import (
     LDU,
@@ -25,6 +26,7 @@ from pyro_sinflow import (
     Sinusoidal,
     SinusoidalFlow,
     SinusoidalTransform,
+    TriangularTransform,
     conditional_ldu,
     ldu,
     record_inversions,
@@ -131,6 +133,73 @@ def test_loading_parameters_invalidates_the_cache():
         t.load_state_dict(other.state_dict())
         assert not torch.equal(t(x), before)
         assert torch.equal(t(x), other(x))
+
+
+def pairs():
+    """Transforms that cache, each with a parameter that it depends on."""
+    module, lazy = perturb(LDU(3)), perturb(conditional_ldu(3, 1))
+    yield module, module.block.lower.network.bias
+    yield lazy.condition(torch.zeros(1)), lazy.lower.network.bias
+    shift = torch.randn(3, requires_grad=True)
+    yield SinusoidalTransform(*torch.randn(3, 3, 4), torch.ones(3), shift, cache_size=1), shift
+    loc = torch.randn(3, requires_grad=True)
+    yield TriangularTransform(lambda x: AdditiveTransform(loc), [loc], cache_size=1), loc
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("case", range(4))
+def test_the_cache_never_goes_stale(case, inverse):
+    t, parameter = [*pairs()][case]
+    f = t.inv if inverse else t
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        before = f(x)
+        assert f(x) is before
+    assert f(x).requires_grad  # what was computed without a graph is not enough
+    with torch.no_grad():
+        before = f(x)
+        parameter.add_(1.0)
+        assert not torch.allclose(f(x), before)
+        before = f(x)
+        x.add_(1.0)
+        assert not torch.allclose(f(x), before)
+        before = f(x)
+        assert f(x) is before
+    with torch.inference_mode():
+        assert torch.allclose(f(x), before)
+
+
+def test_samples_drawn_without_a_graph_are_scored_with_one():
+    t = perturb(LDU(3))
+    guide = dist.TransformedDistribution(base(3), [t])
+    guide.log_prob(guide.sample((5,))).mean().backward()
+    assert all(p.grad is not None for p in t.parameters())
+
+
+def test_inference_mode_from_the_start():
+    with torch.inference_mode():
+        t = perturb(LDU(3))
+        x = torch.randn(5, 3)
+        assert torch.allclose(t.inv(t(x)), x, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_of_an_elbo_in_either_direction():
+    t = perturb(LDU(3))
+
+    def model():
+        pyro.sample("x", base(3))
+
+    def guide(transform):
+        pyro.module("t", t)
+        pyro.sample("x", dist.TransformedDistribution(base(3), [transform]))
+
+    for transform in (t, t.inv):
+        losses = []
+        for elbo in (Trace_ELBO, JitTrace_ELBO):
+            pyro.set_rng_seed(0)
+            losses.append(elbo().loss(model, partial(guide, transform)))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_hundreds_of_steps_leak_nothing():

@@ -200,6 +200,31 @@ def test_algorithm_1_agrees_and_warns_when_it_stops_early():
         SinusoidalTransform(*p, solver=Solver(max_iter=1, tolerance=1e-7)).inv(y)
 
 
+@pytest.mark.parametrize("n", [100, 10_000])
+def test_a_tolerance_out_of_reach_warns(n):
+    p = (*torch.randn(3, n, 4), torch.randn(n), torch.randn(n))
+    with pytest.warns(InversionWarning, match="its tolerance is 1e-12"):
+        SinusoidalTransform(*p, solver=Solver(tolerance=1e-12)).inv(torch.randn(n))
+
+
+@pytest.mark.parametrize("dtype", FLOAT)
+def test_slopes_stay_positive_however_small_the_least_may_be(dtype):
+    p = (*torch.randn(3, 10_000, 2).to(dtype), torch.full((10_000,), 50.0).to(dtype))
+    t = SinusoidalTransform(*p, torch.zeros(10_000).to(dtype), slope=1e-20)
+    x = torch.zeros(10_000).to(dtype)
+    x -= t.phase[:, 0] / torch.nn.functional.softplus(t.frequency[:, 0])  # where they are least
+    assert t.log_abs_det_jacobian(x, x).isfinite().all()
+    assert t.inv(x).isfinite().all()
+
+
+def test_gradients_of_an_empty_batch_of_parameters():
+    p = [torch.randn(0, 4, requires_grad=True) for _ in range(3)]
+    p += [torch.randn(0, requires_grad=True) for _ in range(2)]
+    for f in (SinusoidalTransform(*p), SinusoidalTransform(*p).inv):
+        f(torch.zeros(0)).sum().backward()
+    assert all(q.grad.shape == q.shape for q in p)
+
+
 def test_newton_takes_few_iterations_on_ordinary_parameters():
     t = SinusoidalTransform(*draw(1000, scale=0.5, dtype=torch.float32))
     with record_inversions() as inversions:

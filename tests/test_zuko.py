@@ -140,6 +140,17 @@ def test_random_orders_survive_a_state_dict():
     assert torch.allclose(other().transform.inv(z), x, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fast_inverse_of_a_flow_in_half_precision(dtype):
+    flow = zuko.flows.MAF(3, 2).to(dtype)
+    c = torch.randn(2, dtype=dtype)
+    fast = fast_inverse(flow)(c)
+    x = fast.sample((100,))
+    assert torch.allclose(fast.transform.inv(fast.transform(x)), x, atol=1e-5)
+    ours, zukos = fast.log_prob(x.to(dtype)), flow(c).log_prob(x.to(dtype))
+    assert torch.allclose(ours, zukos.to(ours), atol=0.5)
+
+
 def test_order():
     order = [2, 0, 1]
     block = perturb(ConditionalLDU(3, order=order))
