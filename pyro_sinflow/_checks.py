@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Size, Tensor
 from torch._subclasses import FakeTensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
@@ -37,7 +37,10 @@ def readable(*tensors: Tensor) -> bool:
     return (
         lasting(*tensors)
         and not torch.jit.is_tracing()
-        and all(unpack_dual(t).tangent is None for t in tensors)
+        and (
+            forward_ad._current_level < 0
+            or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
+        )
     )
 
 
