@@ -119,12 +119,13 @@ def iresnet(features: int) -> Flow:
 
 SIZES: dict[str, Any] = {"hidden_features": (64, 64)}
 ORDER: dict[str, Any] = {**SIZES, "randperm": True}
+SMOOTH: dict[str, Any] = {**ORDER, "activation": nn.SiLU}
 FLOWS: dict[str, Callable[[int], Flow]] = {
     "Sinusoidal, LDU blocks": partial(SinusoidalFlow, transforms=3, **ORDER),
     "Sinusoidal, scale": partial(SinusoidalFlow, transforms=3, scale=True, **ORDER),
     # What the documentation advises where rows are few, and where they are many.
     "Sinusoidal, scale, few rows": partial(
-        SinusoidalFlow, transforms=2, sinusoids=8, scale=True, activation=nn.SiLU, **ORDER
+        SinusoidalFlow, transforms=2, sinusoids=8, scale=True, **SMOOTH
     ),
     "Sinusoidal, scale, many rows": partial(
         SinusoidalFlow,
@@ -137,10 +138,13 @@ FLOWS: dict[str, Callable[[int], Flow]] = {
         SinusoidalFlow, transforms=3, conditioner="autoregressive", **ORDER
     ),
     "MAF": partial(zuko.flows.MAF, transforms=5, **ORDER),
+    "MAF, SiLU": partial(zuko.flows.MAF, transforms=5, **SMOOTH),
     "RQ-NSF(AR)": partial(zuko.flows.NSF, transforms=3, **ORDER),
+    "RQ-NSF(AR), SiLU": partial(zuko.flows.NSF, transforms=3, **SMOOTH),
     "RQ-NSF(C)": partial(zuko.flows.NSF, transforms=5, passes=2, **ORDER),
     "RealNVP": partial(zuko.flows.RealNVP, transforms=8, randmask=True, **SIZES),
     "NAF": partial(zuko.flows.NAF, transforms=2, **ORDER),
+    "NAF, SiLU": partial(zuko.flows.NAF, transforms=2, **SMOOTH),
     "UMNN-MAF": partial(
         zuko.flows.UNAF, transforms=1, network={"hidden_features": (32, 32)}, **SIZES
     ),
