@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import zuko.transforms  # gives every transform 'call_and_ladj'  # noqa: F401
@@ -24,6 +24,21 @@ def at_least_float32(x: Tensor) -> Tensor:
 def sum_last(x: Tensor, dims: int) -> Tensor:
     """Sums over the last dimensions."""
     return x.flatten(x.ndim - dims).sum(dim=-1) if dims else x
+
+
+class _State(NamedTuple):
+    """A tensor at some time, which it keeps alive: another may not take its place."""
+
+    tensor: Tensor
+    version: int | None
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _State:
+        return cls(tensor, version(tensor), tensor.requires_grad)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _State) and self.tensor is other.tensor and self[1:] == other[1:]
 
 
 class Bijection(Transform):
@@ -160,7 +175,7 @@ class Bijection(Transform):
 
     def _tensors(self) -> Iterable[Tensor]:
         """The tensors that the transform depends on."""
-        return self.parameters() if isinstance(self, nn.Module) else ()
+        return (*self.parameters(), *self.buffers()) if isinstance(self, nn.Module) else ()
 
     def _key(self) -> tuple[Any, ...]:
         """Changes whenever the cached pair may no longer be what it would be if computed now."""
@@ -168,7 +183,7 @@ class Bijection(Transform):
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             getattr(self, "training", None),
-            *((id(t), version(t), t.requires_grad) for t in (*self._cached_x_y, *self._tensors())),
+            *map(_State.of, (*self._cached_x_y, *self._tensors())),
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+from torch.distributions import Distribution
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
@@ -50,13 +51,18 @@ def version(tensor: Tensor) -> int | None:
 
 
 def check_tensor(name: str, x: Any) -> None:
-    """Requires a floating-point tensor without NaN or infinity."""
+    """Requires a floating-point tensor without NaN or infinity.
+
+    As torch's distributions do, it lets values pass where validation is off. MCMC relies on that: a
+    trajectory that diverges may reach NaN, and is rejected.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"'{name}' should be a tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"'{name}' should be a floating-point tensor, got {x.dtype}.")
     # One reduction on the good path: NaN and infinity times zero are NaN.
-    if x.numel() and readable(x) and not bool((x.detach() * 0).sum() == 0):
+    validate = Distribution._validate_args and readable(x)
+    if validate and x.numel() and not bool((x.detach() * 0).sum() == 0):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         raise ValueError(
             f"'{name}' should be finite, got {nan} NaN and {inf} infinite values "

@@ -18,7 +18,7 @@ from zuko.utils import unpack
 from ._checks import check_size, check_sizes
 from .inversion import Solver
 from .networks import MaskedNetwork, Shortcut, check_context
-from .substitution import substitute
+from .substitution import has_hooks, substitute
 from .transforms import SinusoidalChain, TriangularTransform
 
 
@@ -35,6 +35,14 @@ def initial_sinusoids(*shape: int, components: int) -> tuple[Tensor, Tensor, Ten
     return frequency, phase, torch.zeros(*shape, components)
 
 
+class Affine(MonotonicAffineTransform):
+    """zuko's affine transform, for parameters of a larger batch than x, as a context gives them."""
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the log-scale, in the shape of y."""
+        return super().log_abs_det_jacobian(y, y)
+
+
 def affine_chain(
     loc: Tensor,
     log_scale: Tensor,
@@ -49,13 +57,13 @@ def affine_chain(
     sinusoids = SinusoidalChain(
         frequency, phase, weight, residual, torch.zeros_like(residual), **kwargs
     )
-    affine = MonotonicAffineTransform(loc, log_scale, slope=1 / max_scale)
+    affine = Affine(loc, log_scale, slope=1 / max_scale)
     return ComposedTransform(affine, sinusoids)
 
 
-def dependencies(module: nn.Module, c: Tensor | None) -> tuple[Tensor, ...]:
+def dependencies(module: nn.Module, c: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:
     """Returns the tensors that a module's transform depends on, given a context."""
-    return (*module.parameters(), *(() if c is None else (c,)))
+    return (*module.parameters(), *(() if c is None else (c,)), *others)
 
 
 class LazyTriangular(LazyTransform):
@@ -107,7 +115,9 @@ class LazyTriangular(LazyTransform):
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""
         event_dim = len(self.features)
-        network = self.network.network if type(self.network) is MaskedNetwork else None
+        network = None
+        if type(self.network) is MaskedNetwork and not has_hooks(self.network):
+            network = self.network.network
         return TriangularTransform(
             partial(self.meta, c),
             phi=partial(dependencies, self, c),
@@ -177,7 +187,7 @@ class LazyAffine(ElementWiseModule):
     def forward(self, c: Tensor | None = None) -> Transform:
         """Returns the transformation, given a context."""
         loc, log_scale = self.values(c)
-        return MonotonicAffineTransform(loc, log_scale + 9 * self.log_scale)
+        return Affine(loc, log_scale + 9 * self.log_scale)
 
 
 class LazySinusoids(ElementWiseModule):

@@ -72,7 +72,8 @@ class SinusoidalFlow(Flow):
         sinusoids: The number of sinusoids in a chain. If :py:`None`, 4 for the independent
             conditioner and 2 for the autoregressive one.
         network: The constructor of the networks: a masked MLP, with a linear shortcut from features
-            to shifts, or what else takes the options of :class:`pyro_sinflow.MaskedNetwork`. Where
+            to shifts, or what else takes the options of :class:`pyro_sinflow.MaskedNetwork` and,
+            for the autoregressive conditioner, has its method ``set_bias``. Where
             rows are many, ``partial(MaskedNetwork, shortcut=8.0)`` gains more, by a shortcut that
             learns faster.
         max_scale: The largest factor, greater than 1, by which each of the affine maps whose scale
@@ -200,13 +201,14 @@ def autoregressive(
     return LazyTriangular(masked, features, univariate, shapes, solver)
 
 
-def _alike(univariate: Any) -> bool:
-    """Whether a constructor of element-wise transforms treats all features alike."""
+def _unwrap(univariate: Any) -> tuple[Any, list[Tensor]]:
+    """Returns the constructor inside of partials, and the tensors that are bound to it."""
+    bound: list[Tensor] = []
     while isinstance(univariate, partial):
-        if any(isinstance(v, Tensor) for v in (*univariate.args, *univariate.keywords.values())):
-            return False
+        values = (*univariate.args, *univariate.keywords.values())
+        bound.extend(v for v in values if isinstance(v, Tensor))
         univariate = univariate.func
-    return isinstance(univariate, type) and issubclass(univariate, Transform)
+    return univariate, bound
 
 
 def _lowered(function: Callable[[Tensor], Transform], dtype: torch.dtype, x: Tensor) -> Transform:
@@ -247,11 +249,16 @@ class FastInverse(LazyTransform):
         # Transforms run in at least float32, zuko's networks in the dtype of their weights.
         dtype = next(lazy.parameters()).dtype
         meta = partial(_lowered, t.meta, dtype) if dtype.itemsize < 4 else t.meta
-        standard = type(lazy).meta is MaskedAutoregressiveTransform.meta
-        network = lazy.hyper if standard and _alike(lazy.univariate) else None
+        univariate, bound = _unwrap(lazy.univariate)
+        alike = isinstance(univariate, type) and issubclass(univariate, Transform) and not bound
+        standard = all(
+            getattr(type(lazy), name) is getattr(MaskedAutoregressiveTransform, name)
+            for name in ("forward", "meta")
+        )
+        network = lazy.hyper if standard and alike else None
         return TriangularTransform(
             meta,
-            phi=partial(dependencies, self, c),
+            phi=partial(dependencies, self, c, *bound),
             passes=t.passes,
             substitute=partial(substitute, network, lazy.univariate, lazy.shapes, c, 1),
             solver=self.solver,

@@ -13,8 +13,9 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
-from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
+from zuko.transforms import AdditiveTransform
 
+from ._bijection import Bijection
 from ._checks import (
     check_callable,
     check_flag,
@@ -24,6 +25,7 @@ from ._checks import (
     check_sizes,
 )
 from .conditioners import (
+    Affine,
     LazySinusoids,
     LazyTriangular,
     initial_sinusoids,
@@ -167,8 +169,7 @@ class ConditionalLDU(LazyTransform):
                 residual=residual,
                 dropout=dropout,
             )
-            affine = partial(MonotonicAffineTransform, slope=1 / max_scale)
-            univariate = affine if scale else AdditiveTransform
+            univariate = partial(Affine, slope=1 / max_scale) if scale else AdditiveTransform
             return LazyTriangular(masked, shape, univariate, shapes, solver)
 
         self.features = shape
@@ -262,7 +263,7 @@ class LDU(LDUTransform, TransformModule):
         self._event_dim = len(self.block.features)
 
     def _tensors(self) -> Iterable[Tensor]:
-        return self.parameters()  # without making the parts
+        return Bijection._tensors(self)  # without making the parts
 
     @property
     def upper(self) -> Transform:  # type: ignore[override]

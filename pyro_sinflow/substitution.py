@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Transform
+from torch.nn.modules import activation
 from torch.nn.modules.dropout import _DropoutNd
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.utils import unpack
@@ -27,6 +28,17 @@ from .triangular import solved
 _SIZE = 16  # features in a block, unless a single stage has more
 # With fewer rows than these for each stage, and in all, a few passes through the whole are faster.
 _LEAST, _ENOUGH = 3, 384
+
+
+# torch's own, as far as they treat all units alike, and each by itself.
+_ACTIVATIONS = {
+    kind for kind in vars(activation).values() if isinstance(kind, type) and kind is not nn.Module
+} - {nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that may change what it returns."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Skip(NamedTuple):
@@ -42,16 +54,19 @@ def _operations(module: nn.Module) -> list[nn.Module | _Skip]:
         NotImplementedError: If there are others than masked layers, residual connections and
             activations.
     """
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    if type(module) is MaskedLinear and not hooks:
+    if has_hooks(module):
+        raise NotImplementedError("Hooks may change what a module returns.")
+    if type(module) is MaskedLinear:
         return [module]
-    if type(module) in (nn.Sequential, MaskedMLP, Residual) and not hooks:
+    if type(module) in (nn.Sequential, MaskedMLP, Residual):
         flat = [operation for child in module.children() for operation in _operations(child)]
         return [_Skip(True), *flat, _Skip(False)] if isinstance(module, Residual) else flat
     random = isinstance(module, _DropoutNd | nn.RReLU) and module.training
-    if hooks or random or [*module.children()] or module.state_dict():
-        raise NotImplementedError(f"{type(module).__name__} may not be an activation.")
-    return [] if isinstance(module, _DropoutNd) else [module]
+    if isinstance(module, _DropoutNd) and not random:
+        return []
+    if type(module) not in _ACTIVATIONS or random or module.state_dict():
+        raise NotImplementedError(f"{type(module).__name__} may mix units.")
+    return [module]
 
 
 class _Units(NamedTuple):
@@ -82,7 +97,7 @@ class _Units(NamedTuple):
 def _split(network: nn.Module) -> tuple[list[nn.Module | _Skip], MaskedLinear | None]:
     """Returns the operations of a network, and the layer of its shortcut, if it has one."""
     shortcut = None
-    if type(network) is Shortcut and not (network._forward_hooks or network._forward_pre_hooks):
+    if type(network) is Shortcut and not has_hooks(network):
         (shortcut,) = _operations(network.linear)
         network = network.network
     return _operations(network), shortcut

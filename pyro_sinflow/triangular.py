@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import get_gradient_edge
 from torch.distributions import Transform
 
 from ._checks import autocasting, check_instance, full_precision, readable
@@ -249,9 +250,9 @@ class _Problem(NamedTuple):
 
     def check(self, phi: Sequence[Tensor]) -> None:
         """Requires that the map still depends on the tensors that it was inverted with."""
-        now = [*self.function.phi()]
-        same = (any(p is q if p.is_leaf else p.grad_fn is q.grad_fn for q in now) for p in phi)
-        if not all(same):
+        # Not the tensors themselves: what hooks save, as for checkpoints, are copies of them.
+        now = [get_gradient_edge(p)[:2] for p in self.function.phi() if p.requires_grad]
+        if not all(get_gradient_edge(p)[:2] in now for p in phi):
             raise RuntimeError(
                 "The gradient of an inverse evaluates the map once more, but its parameters have "
                 "been replaced since, as torch.func.functional_call does: differentiate while they "
@@ -361,8 +362,9 @@ class _TriangularInverse(Function):
                 v, y = _solve_adjoint(ctx.problem, x, g)
             grads: Sequence[Tensor | None] = [None for _ in phi]
             if phi and y.requires_grad:
+                # What y shares with others, such as the embedding of a context, is still needed.
                 grads = torch.autograd.grad(
-                    y, phi, -v, create_graph=create_graph, allow_unused=True
+                    y, phi, -v, retain_graph=True, create_graph=create_graph, allow_unused=True
                 )
             gate[0] = True
         return None, v, *grads

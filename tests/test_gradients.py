@@ -1,5 +1,7 @@
 """Derivatives of both directions: to second order, under torch.func, and at constant memory."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -182,6 +184,40 @@ def test_missing_phi_is_an_error():
         t.inv(torch.randn(3))
     with torch.no_grad():
         t.inv(torch.randn(3))
+
+
+def test_what_is_saved_may_be_a_copy():
+    flow, z = perturb(SinusoidalFlow(3, 2, transforms=1, scale=True)), torch.randn(5, 3)
+    weight = torch.randn(5, 2, requires_grad=True)
+
+    def samples():
+        return flow(2 * weight).transform.inv(z).sin().sum()
+
+    inputs = [weight, *flow.parameters()]
+    expected = torch.autograd.grad(samples(), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):  # as checkpoints have
+        loss = samples()
+    for a, b in zip(torch.autograd.grad(loss, inputs), expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_gradients_reach_what_is_bound_to_the_univariate_and_what_embeds_the_context():
+    class Shifted(zuko.transforms.AdditiveTransform):
+        def __init__(self, shift, more):
+            super().__init__(shift + more)
+
+    class Embedded(zuko.flows.MaskedAutoregressiveTransform):
+        def forward(self, c):
+            return super().forward(c.exp())
+
+    more, c = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
+    lazy = Embedded(3, 2, univariate=partial(Shifted, more=more), shapes=[()])
+    y, grads = torch.randn(2, 3), []
+    for t in (FastInverse(lazy)(c), lazy(c)):
+        loss = sum(t.inv(row).square().sum() for row in y)  # two inverses share the embedding
+        grads.append(torch.autograd.grad(loss, [more, c]))
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
 
 
 def test_parameters_replaced_before_the_backward_pass_are_an_error():

@@ -13,7 +13,7 @@ from conftest import perturb
 from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions.conditional import ConditionalComposeTransformModule
 from pyro.distributions.transforms import iterated
-from pyro.infer import MCMC, NUTS, SVI, JitTrace_ELBO, Predictive, Trace_ELBO
+from pyro.infer import HMC, MCMC, NUTS, SVI, JitTrace_ELBO, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule, PyroSample
@@ -167,6 +167,30 @@ def test_the_cache_never_goes_stale(case, inverse):
         assert f(x) is before
     with torch.inference_mode():
         assert torch.allclose(f(x), before)
+
+
+def test_the_cache_keeps_what_it_knows_tensors_by():
+    weight, mask = torch.randn(3, 3), torch.ones(3, 3).tril(-1)
+    t = TriangularTransform(
+        lambda x: AdditiveTransform(x @ (mask * weight).T), lambda: [mask * weight], cache_size=1
+    )
+    x = torch.randn(3)
+    for _ in range(20):  # a temporary tensor may be where another was
+        weight.add_(0.1)
+        assert torch.equal(t(x), t.with_cache(0)(x))
+
+
+def test_a_trajectory_that_diverges_is_rejected():
+    prior = ldu(2).requires_grad_(False)
+
+    def model():
+        z = pyro.sample("z", dist.TransformedDistribution(base(2), [prior.inv]))
+        pyro.sample("y", dist.Normal(z[0].log(), 0.5), obs=torch.tensor(0.0))  # NaN for z < 0
+
+    start = {"z": torch.tensor([1.0, 0.0])}
+    mcmc = MCMC(HMC(model, num_steps=8), 20, 20, initial_params=start, disable_progbar=True)
+    mcmc.run()
+    assert (mcmc.get_samples()["z"][:, 0] > 0).all()
 
 
 def test_samples_drawn_without_a_graph_are_scored_with_one():

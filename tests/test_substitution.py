@@ -12,6 +12,7 @@ from torch import nn
 from pyro_sinflow import (
     LDU,
     ConditionalLDU,
+    FastInverse,
     InversionWarning,
     MaskedNetwork,
     SinusoidalFlow,
@@ -138,9 +139,20 @@ def test_gradients_do_not_depend_on_it(calls, monkeypatch):
         assert torch.allclose(a, b, atol=1e-12)
 
 
-@pytest.mark.parametrize("change", ["hook", "dropout", "activation with parameters", "autocast"])
+ACTIVATIONS = {
+    "activation with parameters": nn.PReLU,
+    "softmax": partial(nn.Softmax, -1),
+    "batch norm": partial(nn.BatchNorm1d, 64, affine=False, track_running_stats=False),
+    "layer norm": partial(nn.LayerNorm, 64, elementwise_affine=False),
+    "activation of the user's": type(
+        "Own", (nn.Module,), {"forward": lambda self, x: x.cumsum(-1)}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", ["hook", "dropout", "autocast", *ACTIVATIONS])
 def test_leaves_other_networks_alone(change, calls):
-    options = {"activation": nn.PReLU} if "parameters" in change else {}
+    options = {"activation": ACTIVATIONS[change]} if change in ACTIVATIONS else {}
     network = MaskedNetwork(6, dropout=0.5 if change == "dropout" else 0.0, **options).network
     if change == "hook":
         network[0].register_forward_hook(lambda *_: None)
@@ -165,6 +177,20 @@ def test_a_batch_keeps_the_events_that_stay_in_range(calls, monkeypatch):
         assert x.isfinite().all()
         keep = torch.tensor([0, 1, 3, 4])
         assert residual(t, x[keep], y[keep]) <= 1e-5
+
+
+def test_leaves_modules_alone_that_are_not_as_they_were_made(calls):
+    class Embedded(zuko.flows.MaskedAutoregressiveTransform):
+        def forward(self, c):
+            return super().forward((c - 1) / 2)
+
+    hooked = perturb(ConditionalLDU(5, 2)).lower
+    hooked.network.register_forward_hook(lambda module, args, h: h / 2)
+    c, y = torch.randn(2), torch.randn(50, 5)
+    with torch.no_grad():
+        for t in (FastInverse(perturb(Embedded(5, 2), 0.1))(c), hooked(c)):
+            assert residual(t, t.inv(y), y) <= 1e-5
+    assert not calls
 
 
 def test_leaves_transforms_alone_that_know_their_feature(calls):

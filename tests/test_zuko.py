@@ -140,6 +140,16 @@ def test_random_orders_survive_a_state_dict():
     assert torch.allclose(other().transform.inv(z), x, atol=1e-3)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_context_may_have_a_larger_batch_than_features(options):
+    flow = perturb(SinusoidalFlow(3, 2, **{"transforms": 2, **options}), 0.1)
+    for c, x in ((torch.randn(4, 2), torch.randn(3)), (torch.randn(4, 5, 2), torch.randn(5, 3))):
+        rows = x.expand(*c.shape[:-1], 3)
+        assert torch.allclose(flow(c).log_prob(x), flow(c).log_prob(rows), atol=1e-5)
+        t = flow(c).transform
+        assert torch.allclose(t.inv(x), t.inv(rows), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fast_inverse_of_a_flow_in_half_precision(dtype):
     flow = zuko.flows.MAF(3, 2).to(dtype)
