@@ -183,6 +183,7 @@ def afford(seconds: float, make: Callable[[int], Flow], data: Data, checkpoint: 
     if checkpoint.exists():
         return Budget(**torch.load(checkpoint, weights_only=True)["budget"])
     flow, trial = make(data.train.shape[1]), Budget(50)
+    fit("warm-up", flow, data, Budget(1))  # the first step of all takes longer
     # Processor time, lest other jobs slow one flow more than another.
     spent = timeit(lambda: fit("pace", flow, data, trial), timer=process_time, number=1)
     steps = int(trial.steps * seconds / spent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,6 +39,23 @@ class _State(NamedTuple):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _State) and self.tensor is other.tensor and self[1:] == other[1:]
+
+
+def tensors_of(part: Any) -> Iterator[Tensor]:
+    """Yields the tensors that a transform, or a collection of transforms, depends on."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Bijection):
+        yield from part._tensors()
+    elif isinstance(part, nn.Module):
+        yield from (*part.parameters(), *part.buffers())
+    elif isinstance(part, _InverseTransform):
+        yield from tensors_of(part._inv)
+    elif isinstance(part, Transform):
+        yield from tensors_of([v for name, v in vars(part).items() if not name.startswith("_")])
+    elif isinstance(part, list | tuple):
+        for item in part:
+            yield from tensors_of(item)
 
 
 class Bijection(Transform):
@@ -153,6 +170,8 @@ class Bijection(Transform):
         self._cached_key: tuple[Any, ...] = ()
 
     def _cached(self) -> tuple[Any, Any]:
+        if torch.compiler.is_compiling():
+            return None, None
         if self._cached_x_y[0] is not None and self._cached_key != self._key():
             self.clear_cache()
         return self._cached_x_y
@@ -162,6 +181,9 @@ class Bijection(Transform):
             return
         self._cached_x_y, self._cached_ladj = (x, y), ladj
         self._cached_key = self._key()
+        if any(isinstance(s, _State) and s.version is None for s in self._cached_key):
+            self.clear_cache()  # of what does not tell that it changes
+            return
         this = weakref.ref(self)
 
         def forget(_: Tensor) -> None:

@@ -50,6 +50,11 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def validating() -> bool:
+    """Whether values are checked, as the arguments of torch's distributions are."""
+    return Distribution._validate_args
+
+
 def check_tensor(name: str, x: Any) -> None:
     """Requires a floating-point tensor without NaN or infinity.
 
@@ -61,8 +66,7 @@ def check_tensor(name: str, x: Any) -> None:
     if not x.is_floating_point():
         raise TypeError(f"'{name}' should be a floating-point tensor, got {x.dtype}.")
     # One reduction on the good path: NaN and infinity times zero are NaN.
-    validate = Distribution._validate_args and readable(x)
-    if validate and x.numel() and not bool((x.detach() * 0).sum() == 0):
+    if x.numel() and validating() and readable(x) and not bool((x.detach() * 0).sum() == 0):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         raise ValueError(
             f"'{name}' should be finite, got {nan} NaN and {inf} infinite values "

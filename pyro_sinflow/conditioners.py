@@ -15,7 +15,7 @@ from zuko.nn import MLP
 from zuko.transforms import ComposedTransform, MonotonicAffineTransform
 from zuko.utils import unpack
 
-from ._checks import check_size, check_sizes
+from ._checks import broadcast, check_size, check_sizes
 from .inversion import Solver
 from .networks import MaskedNetwork, Shortcut, check_context
 from .substitution import has_hooks, substitute
@@ -39,8 +39,8 @@ class Affine(MonotonicAffineTransform):
     """zuko's affine transform, for parameters of a larger batch than x, as a context gives them."""
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the log-scale, in the shape of y."""
-        return super().log_abs_det_jacobian(y, y)
+        """Returns the log-scale, in the shape that x and y broadcast to."""
+        return self.log_scale.expand(broadcast(x.shape, y.shape))
 
 
 def affine_chain(

@@ -31,9 +31,8 @@ _LEAST, _ENOUGH = 3, 384
 
 
 # torch's own, as far as they treat all units alike, and each by itself.
-_ACTIVATIONS = {
-    kind for kind in vars(activation).values() if isinstance(kind, type) and kind is not nn.Module
-} - {nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin}
+_MIXING = {nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin}
+_ACTIVATIONS = {getattr(nn, name) for name in activation.__all__} - _MIXING | {nn.Identity}
 
 
 def has_hooks(module: nn.Module) -> bool:

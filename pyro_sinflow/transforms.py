@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain
 from textwrap import indent
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ._bijection import Bijection, at_least_float32, sum_last
+from ._bijection import Bijection, at_least_float32, sum_last, tensors_of
 from ._checks import (
     broadcast,
     check_broadcast,
@@ -27,6 +26,7 @@ from ._checks import (
     check_size,
     check_tensor,
     readable,
+    validating,
 )
 from .chain import evaluate, invert
 from .inversion import Solver
@@ -348,7 +348,13 @@ class TriangularTransform(Bijection):
                     "'phi' is empty, but 'conditioner' depends on tensors that require gradients, "
                     "which the gradient of the inverse would miss: list them in 'phi'."
                 )
-        return invert_triangular(self._map(), y, self.solver, self.passes)
+        if validating() or not readable(y):
+            return invert_triangular(self._map(), y, self.solver, self.passes)
+        # What has passed unchecked shall not spoil the rest of the batch.
+        finite = y.isfinite().flatten(y.ndim - self._event_dim).all(dim=-1)
+        finite = finite[(...,) + self._event_dim * (None,)]
+        x = invert_triangular(self._map(), y.where(finite, 0.0), self.solver, self.passes)
+        return x.where(finite, torch.nan)
 
 
 class LDUTransform(Bijection):
@@ -417,7 +423,7 @@ class LDUTransform(Bijection):
         self.batch_shape = Size(batch_shape)
 
     def _tensors(self) -> Iterable[Tensor]:
-        return chain.from_iterable(p._tensors() for p in self.parts if isinstance(p, Bijection))
+        return tensors_of(self.parts)
 
     @property
     def parts(self) -> tuple[Transform, Transform, Transform]:

@@ -111,17 +111,18 @@ def _settle(
     problem: str,
     passes: int | None = None,
     preconditioner: Tensor | None = None,
+    look: bool = True,
 ) -> Tensor:
     """Iterates a nilpotent step until it settles, at most as many times as there are features.
 
     An event is preconditioned for as long as there is less to change than in either of the last two
     passes. Where a poor preconditioner, or round-off that it amplifies, puts an end to that, the
-    plain step may take as many passes again.
+    plain step may take as many passes again. If it may not look at values, all passes are taken.
     """
     features = x.shape[x.ndim - event_dim :].numel()
     bound = min(features, passes or features)
     aim, tolerance = solver.tolerances(x.dtype)
-    largest, least, look = _largest(x.dtype), x.new_full((), aim), readable(x)
+    largest, least = _largest(x.dtype), x.new_full((), aim)
     limit = solver.max_iter or (100 if solver.method == "banach" else 2 * bound)
     if (limit >= bound and not look) or not x.numel():
         preconditioner = None  # all passes are taken anyway, and exact without
@@ -187,7 +188,8 @@ def solve_triangular(
     function: TriangularMap, y: Tensor, solver: Solver, passes: int | None = None
 ) -> Tensor:
     """Inverts a triangular map by nilpotent iteration, recorded by autograd pass by pass."""
-    if function.substitute is not None and solver.method == "newton" and readable(y):
+    look = readable(y, *function.phi())
+    if function.substitute is not None and solver.method == "newton" and look:
         x = function.substitute(y)
         if x is not None:
             return x
@@ -200,6 +202,7 @@ def solve_triangular(
         "triangular",
         passes,
         None if solver.method == "banach" else function.look_ahead(),
+        look,
     )
 
 
@@ -229,9 +232,10 @@ def invert_triangular(
         InversionWarning: If some events leave it, or the tolerance is missed because
             ``solver.max_iter`` is small.
     """
-    if not readable(y):
+    phi = tuple(function.phi())
+    if not readable(y, *phi):
         return solve_triangular(function, y, solver, passes)
-    wanted = [p for p in function.phi() if p.requires_grad]
+    wanted = [p for p in phi if p.requires_grad]
     if torch.is_grad_enabled() and (y.requires_grad or wanted):
         x = _TriangularInverse.apply(_Problem(function, solver, passes), y, *wanted)
     else:
@@ -251,8 +255,12 @@ class _Problem(NamedTuple):
     def check(self, phi: Sequence[Tensor]) -> None:
         """Requires that the map still depends on the tensors that it was inverted with."""
         # Not the tensors themselves: what hooks save, as for checkpoints, are copies of them.
-        now = [get_gradient_edge(p)[:2] for p in self.function.phi() if p.requires_grad]
-        if not all(get_gradient_edge(p)[:2] in now for p in phi):
+        with torch.enable_grad():  # before some version of torch, leaves have edges only then
+            now, then = (
+                [get_gradient_edge(p)[:2] for p in tensors if p.requires_grad]
+                for tensors in (self.function.phi(), phi)
+            )
+        if not all(edge in now for edge in then):
             raise RuntimeError(
                 "The gradient of an inverse evaluates the map once more, but its parameters have "
                 "been replaced since, as torch.func.functional_call does: differentiate while they "

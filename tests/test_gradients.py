@@ -254,6 +254,14 @@ def test_forward_differentiation_outside_of_torch_func(name):
         assert torch.allclose(fwAD.unpack_dual(x).tangent, expected, atol=1e-8)
 
 
+def test_forward_differentiation_by_a_context():
+    lazy, y, c, v = block(), torch.zeros(3), torch.randn(2), torch.randn(2)
+    expected = torch.autograd.functional.jacobian(lambda c: lazy(c).inv(y), c) @ v
+    with fwAD.dual_level():
+        x = lazy(fwAD.make_dual(c, v)).inv(y)
+        assert torch.allclose(fwAD.unpack_dual(x).tangent, expected, atol=1e-8)
+
+
 @pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
 @pytest.mark.parametrize("name", ["block", "autoregressive"])
 def test_nan_does_not_pass_in_silence_inside_of_torch_func(name):

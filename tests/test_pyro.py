@@ -18,11 +18,13 @@ from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
+from torch.distributions import AffineTransform, ComposeTransform
 from zuko.transforms import AdditiveTransform
 
 from pyro_sinflow import (
     LDU,
     ConditionalLDU,
+    LDUTransform,
     Sinusoidal,
     SinusoidalFlow,
     SinusoidalTransform,
@@ -178,6 +180,41 @@ def test_the_cache_keeps_what_it_knows_tensors_by():
     for _ in range(20):  # a temporary tensor may be where another was
         weight.add_(0.1)
         assert torch.equal(t(x), t.with_cache(0)(x))
+
+
+def test_what_does_not_tell_that_it_changes_is_not_cached():
+    t = perturb(LDU(3))
+    with torch.inference_mode():
+        x = torch.randn(5, 3)
+        before = t(x).clone()
+        x.add_(1.0)
+        assert not torch.allclose(t(x), before)
+
+
+def test_the_cache_sees_the_parts_of_a_block():
+    scale = torch.ones(3)
+    part = TriangularTransform(lambda x: AdditiveTransform(torch.zeros(3)))
+    diagonal = ComposeTransform([AffineTransform(0.0, scale), AffineTransform(0.0, 2.0).inv])
+    t = LDUTransform(part, diagonal, part, cache_size=1)
+    x = torch.randn(5, 3)
+    before = t(x).clone()
+    scale.mul_(2.0)
+    assert torch.allclose(t(x), 2 * before)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
+@pytest.mark.parametrize("rows", [4, 100])  # by passes, and by substitution
+def test_nan_stays_with_its_event_where_validation_is_off(rows):
+    t, y = perturb(LDU(3)), torch.randn(rows, 3)
+    expected = t.inv(y)
+    y = y.clone()
+    y[1, 2] = torch.nan
+    with pyro.validation_enabled(False):
+        x, alone = t.inv(y), t.inv(y[1])
+    assert x[1].isnan().all()
+    assert alone.isnan().all()
+    keep = torch.arange(rows) != 1
+    assert torch.allclose(x[keep], expected[keep], atol=1e-5)
 
 
 def test_a_trajectory_that_diverges_is_rejected():
