@@ -1,4 +1,4 @@
-"""What the transforms share: checks of their input, and a cache that cannot go stale."""
+"""What the transforms share: checks of their input, and a cache that notices changes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Bijection(Transform):
     With ``cache_size=1``, the latest pair (x, y) is kept with its log-determinant, as Pyro's flows
     keep it. The pair is dropped when a backward pass has used it, because its graph is gone then,
     when x, y or what the transform depends on has changed, and when gradients are wanted that it
-    was computed without.
+    was computed without. Changes through ``.data`` go unnoticed, here as by autograd.
     """
 
     bijective = True
