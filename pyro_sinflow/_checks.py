@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from pyro.distributions import is_validation_enabled
 from torch import Size, Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
-from torch.distributions import Distribution
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
@@ -50,23 +50,24 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def validating() -> bool:
-    """Whether values are checked, as the arguments of torch's distributions are."""
-    return Distribution._validate_args
-
-
 def check_tensor(name: str, x: Any) -> None:
     """Requires a floating-point tensor without NaN or infinity.
 
-    As torch's distributions do, it lets values pass where validation is off. MCMC relies on that: a
-    trajectory that diverges may reach NaN, and is rejected.
+    As Pyro's distributions do, it lets values pass where validation is off. MCMC relies on that: a
+    trajectory that diverges may reach NaN, and is rejected. (torch's own switch will not do: its
+    compiler turns it off for good.)
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"'{name}' should be a tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"'{name}' should be a floating-point tensor, got {x.dtype}.")
     # One reduction on the good path: NaN and infinity times zero are NaN.
-    if x.numel() and validating() and readable(x) and not bool((x.detach() * 0).sum() == 0):
+    if (
+        x.numel()
+        and is_validation_enabled()
+        and readable(x)
+        and not bool((x.detach() * 0).sum() == 0)
+    ):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         raise ValueError(
             f"'{name}' should be finite, got {nan} NaN and {inf} infinite values "

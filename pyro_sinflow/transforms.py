@@ -12,6 +12,7 @@ from textwrap import indent
 from typing import Any
 
 import torch
+from pyro.distributions import is_validation_enabled
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
@@ -26,7 +27,6 @@ from ._checks import (
     check_size,
     check_tensor,
     readable,
-    validating,
 )
 from .chain import evaluate, invert
 from .inversion import Solver
@@ -348,7 +348,7 @@ class TriangularTransform(Bijection):
                     "'phi' is empty, but 'conditioner' depends on tensors that require gradients, "
                     "which the gradient of the inverse would miss: list them in 'phi'."
                 )
-        if validating() or not readable(y):
+        if is_validation_enabled() or not readable(y):
             return invert_triangular(self._map(), y, self.solver, self.passes)
         # What has passed unchecked shall not spoil the rest of the batch.
         finite = y.isfinite().flatten(y.ndim - self._event_dim).all(dim=-1)
