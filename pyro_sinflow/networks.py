@@ -104,7 +104,7 @@ class MaskedNetwork(nn.Module):
     r"""Creates a network :math:`h_i = c_i(x_{<i}, c)`.
 
     It is :class:`zuko.nn.MaskedMLP` over events of any shape and a context, perhaps with a
-    :class:`Shortcut` to the first output of each feature, its shift.
+    :class:`~pyro_sinflow.networks.Shortcut` to the first output of each feature, its shift.
 
     Args:
         features: The shape of an event.
@@ -115,8 +115,9 @@ class MaskedNetwork(nn.Module):
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
         residual: Whether to use residual blocks or not.
         dropout: The probability that a hidden unit is dropped in training.
-        shortcut: How many times faster than other weights the :class:`Shortcut` learns, by an
-            optimiser that moves each by about the learning rate, as Adam does. 0 for no shortcut.
+        shortcut: How many times faster than other weights the
+            :class:`~pyro_sinflow.networks.Shortcut` learns, by an optimiser that moves each by
+            about the learning rate, as Adam does. 0 for no shortcut.
 
     Example:
         >>> network = MaskedNetwork((3,), context=2, outputs=4)
