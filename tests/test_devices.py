@@ -33,6 +33,12 @@ FLOWS = {
 BRIEF = Solver(max_iter=3)  # where nothing can be read, an inverse runs to its limit
 
 
+@pytest.fixture(autouse=True)
+def _no_checks_of_values(monkeypatch):
+    """Fake tensors have no values for torch's distributions to check."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+
+
 @pytest.fixture
 def gpu():
     """The name of a device for fake tensors."""
