@@ -38,21 +38,27 @@ class _State(NamedTuple):
         return cls(tensor, version(tensor), tensor.requires_grad)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _State) and self.tensor is other.tensor and self[1:] == other[1:]
+        same = isinstance(other, _State) and self.tensor is other.tensor and self[1:] == other[1:]
+        return same and self.version is not None  # without one, it may have changed unnoticed
+
+
+def _attributes(transform: Transform) -> Iterator[Tensor]:
+    """Yields the tensors among the public attributes of a transform."""
+    return tensors_of([v for name, v in vars(transform).items() if not name.startswith("_")])
 
 
 def tensors_of(part: Any) -> Iterator[Tensor]:
     """Yields the tensors that a transform, or a collection of transforms, depends on."""
     if isinstance(part, Tensor):
         yield part
-    elif isinstance(part, Bijection):
-        yield from part._tensors()
     elif isinstance(part, nn.Module):
         yield from (*part.parameters(), *part.buffers())
+    elif isinstance(part, Bijection):
+        yield from part._tensors()
     elif isinstance(part, _InverseTransform):
         yield from tensors_of(part._inv)
     elif isinstance(part, Transform):
-        yield from tensors_of([v for name, v in vars(part).items() if not name.startswith("_")])
+        yield from _attributes(part)
     elif isinstance(part, list | tuple):
         for item in part:
             yield from tensors_of(item)
@@ -181,9 +187,6 @@ class Bijection(Transform):
             return
         self._cached_x_y, self._cached_ladj = (x, y), ladj
         self._cached_key = self._key()
-        if any(isinstance(s, _State) and s.version is None for s in self._cached_key):
-            self.clear_cache()  # of what does not tell that it changes
-            return
         this = weakref.ref(self)
 
         def forget(_: Tensor) -> None:
@@ -196,8 +199,8 @@ class Bijection(Transform):
                 tensor.register_hook(forget)
 
     def _tensors(self) -> Iterable[Tensor]:
-        """The tensors that the transform depends on."""
-        return (*self.parameters(), *self.buffers()) if isinstance(self, nn.Module) else ()
+        """The tensors that the transform depends on, unless it is a module: its attributes."""
+        return _attributes(self)
 
     def _key(self) -> tuple[Any, ...]:
         """Changes whenever the cached pair may no longer be what it would be if computed now."""
@@ -205,7 +208,7 @@ class Bijection(Transform):
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             getattr(self, "training", None),
-            *map(_State.of, (*self._cached_x_y, *self._tensors())),
+            *map(_State.of, (*self._cached_x_y, *tensors_of(self))),
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -73,9 +73,8 @@ class SinusoidalFlow(Flow):
             conditioner and 2 for the autoregressive one.
         network: The constructor of the networks: a masked MLP, with a linear shortcut from features
             to shifts, or what else takes the options of :class:`pyro_sinflow.MaskedNetwork` and,
-            for the autoregressive conditioner, has its method ``set_bias``. Where
-            rows are many, ``partial(MaskedNetwork, shortcut=8.0)`` gains more, by a shortcut that
-            learns faster.
+            for the autoregressive conditioner, has its method ``set_bias``. Where rows are many,
+            ``partial(MaskedNetwork, shortcut=8.0)`` gains more, by a shortcut that learns faster.
         max_scale: The largest factor, greater than 1, by which each of the affine maps whose scale
             depends on other features stretches a feature; one over it is the smallest. Larger ones
             gain little density, and send the odd sample far out into the tails.

@@ -3,7 +3,7 @@ r"""Transforms that own their parameters, for Pyro, and conditional ones, for Py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
 from zuko.transforms import AdditiveTransform
 
-from ._bijection import Bijection
 from ._checks import (
     check_callable,
     check_flag,
@@ -261,9 +260,6 @@ class LDU(LDUTransform, TransformModule):
         self.block = ConditionalLDU(features, **kwargs)
         self.batch_shape = Size()
         self._event_dim = len(self.block.features)
-
-    def _tensors(self) -> Iterable[Tensor]:
-        return Bijection._tensors(self)  # without making the parts
 
     @property
     def upper(self) -> Transform:  # type: ignore[override]

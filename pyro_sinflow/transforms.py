@@ -12,11 +12,10 @@ from textwrap import indent
 from typing import Any
 
 import torch
-from pyro.distributions import is_validation_enabled
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ._bijection import Bijection, at_least_float32, sum_last, tensors_of
+from ._bijection import Bijection, at_least_float32, sum_last
 from ._checks import (
     broadcast,
     check_broadcast,
@@ -348,13 +347,7 @@ class TriangularTransform(Bijection):
                     "'phi' is empty, but 'conditioner' depends on tensors that require gradients, "
                     "which the gradient of the inverse would miss: list them in 'phi'."
                 )
-        if is_validation_enabled() or not readable(y):
-            return invert_triangular(self._map(), y, self.solver, self.passes)
-        # What has passed unchecked shall not spoil the rest of the batch.
-        finite = y.isfinite().flatten(y.ndim - self._event_dim).all(dim=-1)
-        finite = finite[(...,) + self._event_dim * (None,)]
-        x = invert_triangular(self._map(), y.where(finite, 0.0), self.solver, self.passes)
-        return x.where(finite, torch.nan)
+        return invert_triangular(self._map(), y, self.solver, self.passes)
 
 
 class LDUTransform(Bijection):
@@ -421,9 +414,6 @@ class LDUTransform(Bijection):
                 shape = part.forward_shape(shape)
             batch_shape = shape[: len(shape) - self._event_dim]
         self.batch_shape = Size(batch_shape)
-
-    def _tensors(self) -> Iterable[Tensor]:
-        return tensors_of(self.parts)
 
     @property
     def parts(self) -> tuple[Transform, Transform, Transform]:

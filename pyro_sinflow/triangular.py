@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
@@ -69,6 +70,11 @@ def _largest(dtype: torch.dtype) -> float:
     zero would spoil the features that are.
     """
     return torch.finfo(dtype).max ** 0.5
+
+
+def _finite(x: Tensor, event_dim: int) -> Tensor:
+    """Returns which events are finite, with as many dimensions as x."""
+    return x.isfinite().all(dim=tuple(range(-event_dim, 0)), keepdim=True)
 
 
 def _cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +154,7 @@ def _settle(
         x = new.nan_to_num(nan=0.0).clamp(-largest, largest)
     record(problem, iteration, x.numel())
     if not look:  # what cannot be reported is passed on
-        return torch.where(new.isfinite().all(dim=event, keepdim=True), new, torch.nan)
+        return new.where(_finite(new, event_dim), torch.nan)
     if done or not x.numel():
         return x
     if features == 1:  # one pass is exact
@@ -185,10 +191,13 @@ def solved(x: Tensor) -> Tensor:
 
 
 def solve_triangular(
-    function: TriangularMap, y: Tensor, solver: Solver, passes: int | None = None
+    function: TriangularMap,
+    y: Tensor,
+    solver: Solver,
+    passes: int | None = None,
+    look: bool = True,
 ) -> Tensor:
     """Inverts a triangular map by nilpotent iteration, recorded by autograd pass by pass."""
-    look = readable(y, *function.phi())
     if function.substitute is not None and solver.method == "newton" and look:
         x = function.substitute(y)
         if x is not None:
@@ -234,7 +243,11 @@ def invert_triangular(
     """
     phi = tuple(function.phi())
     if not readable(y, *phi):
-        return solve_triangular(function, y, solver, passes)
+        return solve_triangular(function, y, solver, passes, look=False)
+    finite = None
+    if not is_validation_enabled():  # what has passed unchecked shall not spoil the batch
+        finite = _finite(y, function.event_dim)
+        y = y.where(finite, 0.0)
     wanted = [p for p in phi if p.requires_grad]
     if torch.is_grad_enabled() and (y.requires_grad or wanted):
         x = _TriangularInverse.apply(_Problem(function, solver, passes), y, *wanted)
@@ -244,7 +257,7 @@ def invert_triangular(
     if autocasting(y):
         # Before some version of torch, weights that autocast has cast without a gradient stay so.
         torch.clear_autocast_cache()
-    return x
+    return x if finite is None else x.where(finite, torch.nan)
 
 
 class _Problem(NamedTuple):
