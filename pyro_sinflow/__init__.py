@@ -1,6 +1,7 @@
 """Sinusoidal Flows for Pyro and zuko."""
 
 from ._version import __version__
+from .compilation import compile_kernels
 from .flows import FastInverse, SinusoidalFlow, fast_inverse
 from .inversion import Inversion, InversionError, InversionWarning, Solver, record_inversions
 from .modules import LDU, ConditionalLDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
@@ -23,6 +24,7 @@ __all__ = [
     "Solver",
     "TriangularTransform",
     "__version__",
+    "compile_kernels",
     "conditional_ldu",
     "fast_inverse",
     "ldu",

@@ -52,7 +52,9 @@ def tensors_of(part: Any) -> Iterator[Tensor]:
     if isinstance(part, Tensor):
         yield part
     elif isinstance(part, nn.Module):
-        yield from (*part.parameters(), *part.buffers())
+        for module in part.modules():  # one walk, not one for parameters and one for buffers
+            owned = (*module._parameters.values(), *module._buffers.values())
+            yield from (tensor for tensor in owned if tensor is not None)
     elif isinstance(part, Bijection):
         yield from part._tensors()
     elif isinstance(part, _InverseTransform):
@@ -103,7 +105,7 @@ class Bijection(Transform):
 
     def _check(self, name: str, x: Any) -> None:
         check_tensor(name, x)
-        event_dim = self.domain.event_dim
+        event_dim = self._event_dim
         if x.ndim < event_dim:
             raise ValueError(
                 f"'{name}' should have at least {event_dim} dimensions, got {tuple(x.shape)}."
@@ -113,17 +115,15 @@ class Bijection(Transform):
         if self._cache_size == 0:
             self._check("x", x)
             return self._call(x)
-        x_old, y_old = self._cached()
-        if x_old is not None and x is x_old:
-            return y_old
+        if x is self._cached_x_y[0] and self._cache_holds():
+            return self._cached_x_y[1]
         y, ladj = self.call_and_ladj(x)
         self._remember(x, y, ladj)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        x_old, y_old = self._cached()
-        if y_old is not None and y is y_old:
-            return x_old
+        if y is self._cached_x_y[1] and self._cache_holds():
+            return self._cached_x_y[0]
         self._check("y", y)
         x = self._inverse(y)
         self._remember(x, y)
@@ -131,9 +131,9 @@ class Bijection(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the log absolute determinant of the Jacobian at x; y is used as a cache key."""
-        x_old, y_old = self._cached()
-        if x is x_old and y is y_old and self._cached_ladj is not None:
-            return self._cached_ladj
+        (x_old, y_old), ladj = self._cached_x_y, self._cached_ladj
+        if ladj is not None and x is x_old and y is y_old and self._cache_holds():
+            return ladj
         self._check("y", y)
         _, ladj = self.call_and_ladj(x)
         check_broadcast(x=x.shape, y=y.shape)
@@ -175,12 +175,14 @@ class Bijection(Transform):
         self._cached_ladj: Tensor | None = None
         self._cached_key: tuple[Any, ...] = ()
 
-    def _cached(self) -> tuple[Any, Any]:
-        if torch.compiler.is_compiling():
-            return None, None
-        if self._cached_x_y[0] is not None and self._cached_key != self._key():
-            self.clear_cache()
-        return self._cached_x_y
+    def _cache_holds(self) -> bool:
+        """Whether the cached pair is what it would be if computed now; if not, it is dropped."""
+        if torch.compiler.is_compiling() or self._cached_x_y[0] is None:
+            return False
+        if self._cached_key == self._key():
+            return True
+        self.clear_cache()
+        return False
 
     def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | None = None) -> None:
         if self._cache_size == 0 or not lasting(x, y):

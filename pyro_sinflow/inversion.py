@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ._checks import check_choice, check_real, check_size, readable
 
-# To pick the elements that have not arrived takes longer than to move as many as these once more.
+# To pick the elements that have not arrived takes longer than to move as many as these once more;
+# on a GPU, which is quick to move all, longer than to move any number.
 _SMALL = 4096
 
 
@@ -219,36 +220,66 @@ def _banach(function: Increasing, y: Tensor, x: Tensor, solver: Solver) -> Root:
     return Root(x, iteration, relative.max() if x.numel() else relative.sum())
 
 
-def _halley(function: Increasing, y: Tensor, x: Tensor, solver: Solver, limit: int) -> Root:
-    r"""Halley's steps for all elements, then safeguarded ones for those that need them.
+class _Margins(NamedTuple):
+    """What tells of an element that it has arrived."""
+
+    square: Tensor
+    cubic: Tensor
+    enough: Tensor
+
+    @classmethod
+    def of(cls, function: Increasing, y: Tensor, solver: Solver) -> _Margins:
+        second, third = function.bounds
+        aim, _ = solver.tolerances(y.dtype)
+        return cls(0.375 * second.square(), third / 6, (1 + y.abs()).mul_(aim / 2))
+
+
+def _halley_steps(
+    function: Increasing, y: Tensor, x: Tensor, margins: _Margins, steps: int
+) -> tuple[Tensor, Tensor]:
+    r"""Takes steps of Halley's method, and returns which elements have arrived by the last.
 
     After the step :math:`\delta`, the residual is at most :math:`|\delta|^3 (3 M_2^2 / 8 f'(x) +
     M_3 / 6)`, where :math:`M_2` and :math:`M_3` bound second and third derivative. This tells of
     most elements that they have arrived, without evaluating the function again.
     """
-    aim, _ = solver.tolerances(y.dtype)
-    second, third = function.bounds
-    square, cubic = 0.375 * second.square(), third / 6
-    enough = (1 + y.abs()).mul_(aim / 2)
-    few = y.numel() // 8 if y.numel() > _SMALL else 0
-    iteration, count = 0, y.numel()
-    while iteration < min(limit, 4) and count > few:
-        iteration += 1
+    for _ in range(steps):
         value, slope, bend = function(x)
         newton = (y - value).div_(slope)
         half = (newton * bend).div_(slope).mul_(0.5)
         turn = half.clamp(-0.5, 0.5)
         step = newton.div_(turn + 1)
         x = x + step
-        if iteration > 1:  # a first guess is hardly ever so good
-            arrived = step.abs_().pow(3).mul_((square / slope).add_(cubic)) <= enough
-            arrived &= half == turn  # or else the formula above does not hold
-            count = y.numel() - int(arrived.sum())
+    residual = step.abs_().pow(3).mul_((margins.square / slope).add_(margins.cubic))
+    return x, (residual <= margins.enough) & (half == turn)  # or else the formula does not hold
+
+
+def leap(
+    function: Increasing, y: Tensor, start: Tensor, solver: Solver, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Takes steps without a look at any value, as compiled kernels have to.
+
+    Returns:
+        The solution, and which elements have arrived.
+    """
+    return _halley_steps(function, y, start, _Margins.of(function, y, solver), steps)
+
+
+def _halley(function: Increasing, y: Tensor, x: Tensor, solver: Solver, limit: int) -> Root:
+    """Halley's steps for all elements, then safeguarded ones for those that need them."""
+    margins = _Margins.of(function, y, solver)
+    few = y.numel() // 8 if y.device.type == "cpu" and y.numel() > _SMALL else 0
+    iteration, count = 0, y.numel()
+    while iteration < min(limit, 4) and count > few:
+        # A first guess is hardly ever so good that one step is enough.
+        steps = 1 if iteration else min(limit, 2)
+        x, arrived = _halley_steps(function, y, x, margins, steps)
+        iteration += steps
+        count = y.numel() - int(arrived.sum())
     if count == 0:
         return Root(x, iteration, y.new_zeros(()))
 
-    rest = torch.ones_like(y, dtype=torch.bool) if iteration < 2 else ~arrived
-    where = rest.nonzero(as_tuple=True)
+    where = (~arrived).nonzero(as_tuple=True)
     some_y, some_x = y[where].unsqueeze(0), x[where].unsqueeze(0)
     solved, iterations, worst = _safeguarded(
         function.take(where), some_y, some_x, solver, limit - iteration

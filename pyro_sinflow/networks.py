@@ -201,16 +201,17 @@ class MaskedNetwork(nn.Module):
             ValueError: If the shape of x or c is wrong, or c is missing or superfluous.
             TypeError: If x or c has the wrong dtype.
         """
+        dtype = next(self.parameters()).dtype
         check_event("x", x, self.features)
-        check_dtype("x", x, self.bias.dtype)
-        check_context(c, self.context, self.bias.dtype)
+        check_dtype("x", x, dtype)
+        check_context(c, self.context, dtype)
 
         if self.network is None:
             return self.bias.to(x.dtype).expand(*x.shape, self.outputs)
         flat = x.flatten(x.ndim - len(self.features))
         if c is not None:
             flat = torch.cat(broadcast(flat, c, ignore=1), dim=-1)
-        h = self.network(flat.to(self.bias.dtype))
+        h = self.network(flat.to(dtype))
         return h.to(x.dtype).reshape(*h.shape[:-1], *self.features, self.outputs)
 
 

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from ._checks import broadcast, full_precision
+from .compilation import compiling_kernels, fused, kernel
 
 
 class Chain(NamedTuple):
@@ -51,6 +52,7 @@ class Chain(NamedTuple):
         return broadcast(*(p.shape[2:] for p in self[:3]), self.d.shape[1:])
 
 
+@kernel
 def constrain(
     frequency: Tensor,
     phase: Tensor,
@@ -161,11 +163,11 @@ def _features(x: Tensor, a: Tensor, space: Tensor | None = None) -> Tensor:
 
 
 def allocate(x: Tensor, a: Tensor) -> Tensor | None:
-    """Allocates what features of x need, unless autograd or the compiler is looking.
+    """Allocates what features of x need, unless autograd or the compiler sees to it.
 
     To reuse memory matters: to allocate it takes longer than to fill it.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or compiling_kernels():
         return None
     return x.new_empty(2 * len(a), *x.shape)
 
@@ -214,7 +216,8 @@ def sinusoids(chain: Chain, own: bool, bend: bool = False) -> list[Sinusoid]:
     Those that share them know in advance whether the second derivative is wanted.
     """
     a, c, s, d = chain
-    each = [*map(Sinusoid, a.unbind(1), c.unbind(1), s.unbind(1), d.unbind(0))]
+    parts = zip(a.unbind(1), c.unbind(1), s.unbind(1), d.unbind(0), strict=True)
+    each = [Sinusoid(*part) for part in parts]
     if own:
         return each
     value = torch.cat((c / a, s / a, d.unsqueeze(0)))
@@ -230,6 +233,7 @@ def has_own(x: Tensor, a: Tensor) -> bool:
     return a.shape[-1] == x.shape[-1]
 
 
+@kernel
 def evaluate_rows(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """Evaluates a chain.
 
@@ -237,9 +241,9 @@ def evaluate_rows(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         The value and the log-slope of the chain, with shape (B, N); then the slopes of the M
         sinusoids, with shape (M, B, N), and the inputs of all but the first, (M - 1, B, N).
     """
-    values, slopes, own = [x], [], has_own(x, parameters[0])
+    values, slopes = [x], []
     space = allocate(x, parameters[0])
-    for sinusoid in sinusoids(Chain(*parameters), own):
+    for sinusoid in sinusoids(Chain(*parameters), fused() or has_own(x, parameters[0])):
         value, slope = sinusoid(values[-1], space)
         values.append(value)
         slopes.append(slope)
@@ -249,6 +253,7 @@ def evaluate_rows(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     return values[-1], slope.log().sum(dim=0), slope, inputs
 
 
+@kernel
 def pull(
     gy: Tensor | None,
     gl: Tensor | None,
@@ -282,7 +287,7 @@ def pull(
     if gl is not None:
         g_slope = gl / slope
         bent = _bend(a, c, s)
-        if own:
+        if own or fused():
             bent = (bent[:-1] * features).sum(dim=0) + bent[-1]
         else:
             bent = _apply(bent.permute(1, 2, 0), features)

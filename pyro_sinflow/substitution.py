@@ -349,8 +349,9 @@ def substitute(
         evaluation.begin(block)
         for stage in block:
             target = next(targets)
-            h = evaluation.outputs(stage).t().unflatten(1, (target.shape[1], -1))
-            root = univariate(*unpack(h, shapes)).inv(target).t()
+            h = evaluation.outputs(stage).view(target.shape[1], -1, rows).permute(2, 0, 1)
+            parameters = unpack(h, shapes) if any(shapes) else h.unbind(-1)
+            root = univariate(*parameters).inv(target).t()
             evaluation.commit(stage, root)
             roots.append(root)
 

@@ -19,18 +19,28 @@ from pyro.distributions.transforms import block_autoregressive, iterated, spline
 from pyro.infer.autoguide import AutoIAFNormal, AutoNormalizingFlow
 from torch import nn
 
-from pyro_sinflow import MaskedNetwork, SinusoidalFlow, Solver, fast_inverse, ldu
+from pyro_sinflow import (
+    MaskedNetwork,
+    SinusoidalFlow,
+    Solver,
+    compile_kernels,
+    fast_inverse,
+    ldu,
+)
 from pyro_sinflow.chain import evaluate
 from pyro_sinflow.sinusoid import constrain
 from pyro_sinflow.transforms import SinusoidalChain
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
-from data import patches  # noqa: E402
+from data import Data, patches  # noqa: E402
 from training import Budget, fit  # noqa: E402
 
 D, BLOCKS, SINUSOIDS, K = 63, 12, 4, 4
 NETWORK = {"hidden_features": (256, 256)}
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+KERNELS = "compiled kernels"
 
 
 def naive_chain(x, frequency, phase, weight, residual, shift, slope=1e-3):
@@ -47,9 +57,28 @@ def naive_chain(x, frequency, phase, weight, residual, shift, slope=1e-3):
     return x, total
 
 
+@pytest.fixture(autouse=True)
+def _kernels(request):
+    """Compiles kernels for the benchmarks whose names say so."""
+    compile_kernels(KERNELS in request.node.name)
+    yield
+    compile_kernels(False)
+
+
+def finished(function):
+    """Waits for the GPU, if there is one."""
+
+    def call():
+        function()
+        if GPU:
+            torch.cuda.synchronize()
+
+    return call
+
+
 def measure(benchmark, group, function, rounds=15):
     benchmark.group = group
-    benchmark.pedantic(function, rounds=rounds, warmup_rounds=2)
+    benchmark.pedantic(finished(function), rounds=rounds, warmup_rounds=3)
 
 
 def training_step(parameters, loss):
@@ -75,7 +104,7 @@ def paper_flow():
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    return flow, torch.randn(128, D)
+    return flow.to(DEVICE), torch.randn(128, D).to(DEVICE)
 
 
 def floors(benchmark, step, floor):
@@ -84,7 +113,7 @@ def floors(benchmark, step, floor):
     for _ in range(20):
         for function, seen in times.items():
             start = time.perf_counter()
-            function()
+            finished(function)()
             seen.append(time.perf_counter() - start)
     benchmark.extra_info["floors"] = min(times[step]) / min(times[floor])
 
@@ -98,7 +127,7 @@ class TestTrainingStep:
         mlps = []
         for _ in range(2 * BLOCKS):
             layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in pairwise(widths)]
-            mlps.append(nn.Sequential(*chain(*layers), nn.Linear(widths[-1], D)))
+            mlps.append(nn.Sequential(*chain(*layers), nn.Linear(widths[-1], D)).to(DEVICE))
 
         def loss():
             h = paper_flow[1]
@@ -111,7 +140,8 @@ class TestTrainingStep:
     def test_floor_24_plain_mlps(self, benchmark, floor):
         measure(benchmark, self.group, floor)
 
-    def test_eager(self, benchmark, paper_flow, floor):
+    @pytest.mark.parametrize("kernels", ["eager", KERNELS])
+    def test_eager(self, benchmark, paper_flow, floor, kernels):
         flow, x = paper_flow
         step = training_step([*flow.parameters()], lambda: -flow().log_prob(x).mean())
         measure(benchmark, self.group, step)
@@ -140,8 +170,8 @@ class TestTrainingStep:
 @pytest.mark.parametrize("which", ["naive", "ours"])
 def test_four_sinusoids(benchmark, which, n):
     shapes = [(D, SINUSOIDS, K)] * 3 + [(D, SINUSOIDS)] * 2
-    parameters = [torch.randn(s).mul(0.5).requires_grad_() for s in shapes]
-    x = torch.randn(n, D, requires_grad=True)
+    parameters = [torch.randn(s, device=DEVICE).mul(0.5).requires_grad_() for s in shapes]
+    x = torch.randn(n, D, device=DEVICE, requires_grad=True)
 
     def loss():
         if which == "naive":
@@ -171,18 +201,18 @@ FLOWS = {
 
 @pytest.fixture(scope="module")
 def data():
-    return patches()
+    return Data(*(part.to(DEVICE) for part in patches()))
 
 
 @pytest.fixture(scope="module")
 def trained(data):
     """Returns a trained flow by its name; what has been trained once is read from out/bench."""
-    folder = ROOT / "out" / "bench"
+    folder = ROOT / "out" / f"bench_{DEVICE}"
     folder.mkdir(parents=True, exist_ok=True)
 
     def get(name):
         torch.manual_seed(0)
-        flow, budget = FLOWS[name](), Budget(steps=300, lr=1e-3)
+        flow, budget = FLOWS[name]().to(DEVICE), Budget(steps=300, lr=1e-3)
         return fit(name, flow, data, budget, folder / f"{name}.pt")
 
     return get
@@ -193,13 +223,15 @@ def invert(flow, z):
         return flow().transform.inv(z)
 
 
-@pytest.mark.parametrize("way", ["log-density", "samples", "samples by Algorithm 1"])
+@pytest.mark.parametrize(
+    "way", ["log-density", "samples", f"samples by {KERNELS}", "samples by Algorithm 1"]
+)
 @pytest.mark.parametrize("name", ["LDU", "scale", "autoregressive"])
 @pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
 def test_sampling(benchmark, trained, data, name, way):
     if way == "samples by Algorithm 1" and name != "LDU":
         pytest.skip("the paper's algorithm, for the paper's block")
-    flow, z = trained(name), torch.randn(1000, D)
+    flow, z = trained(name), torch.randn(1000, D, device=DEVICE)
     function = partial(invert, flow, z)
     if way == "log-density":
         function = torch.no_grad()(lambda: flow().log_prob(data.test[:1000]))
@@ -217,7 +249,7 @@ def test_sampling(benchmark, trained, data, name, way):
 @pytest.mark.parametrize("name", ["MAF", "NSF"])
 @pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
 def test_sampling_zukos_flows(benchmark, trained, data, name, way):
-    flow, z = trained(name), torch.randn(1000, D)
+    flow, z = trained(name), torch.randn(1000, D, device=DEVICE)
     flow = fast_inverse(flow) if way == "samples by fast_inverse" else flow
     function = partial(invert, flow, z)
     if way == "log-density":
@@ -238,7 +270,7 @@ def report_residual(benchmark, flow, z, way):
 @pytest.mark.parametrize("name", ["LDU", "scale", "autoregressive"])
 @pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
 def test_gradient_of_samples(benchmark, trained, name, way):
-    flow, z = trained(name), torch.randn(1000, D)
+    flow, z = trained(name), torch.randn(1000, D, device=DEVICE)
     step = training_step([*flow.parameters()], lambda: flow().transform.inv(z).square().mean())
     function = step if way != "sample" else partial(invert, flow, z)
     measure(benchmark, f"Gradient of 1,000 {name} samples", function, rounds=4)
@@ -259,11 +291,10 @@ def hierarchical():
     return model
 
 
-# About 8,000 parameters each.
+# About 8,000 parameters each, in two autoregressive maps; an LDU block has two.
+LDU_GUIDE = {"scale": True, "hidden_features": (35, 35), "activation": nn.SiLU}
 GUIDES = {
-    "LDU": lambda m: AutoNormalizingFlow(
-        m, partial(iterated, 2, ldu, scale=True, hidden_features=(25,))
-    ),
+    "LDU": lambda m: AutoNormalizingFlow(m, partial(ldu, **LDU_GUIDE)),
     "AutoIAFNormal": lambda m: AutoIAFNormal(m, hidden_dim=[40, 40], num_transforms=2),
     "spline_autoregressive": lambda m: AutoNormalizingFlow(
         m, partial(iterated, 2, spline_autoregressive, hidden_dims=[24], count_bins=2)
@@ -274,13 +305,13 @@ GUIDES = {
 }
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", [*GUIDES, f"LDU by {KERNELS}"])
 @pytest.mark.filterwarnings("ignore")
 def test_guide(benchmark, name):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     model = hierarchical()
-    guide = GUIDES[name](model)
+    guide = GUIDES[name.split()[0]](model)
     optimiser = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.02**1e-3})  # to a fiftieth
     svi = pyro.infer.SVI(model, guide, optimiser, pyro.infer.Trace_ELBO())
     for _ in range(1000):
