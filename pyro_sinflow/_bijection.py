@@ -115,14 +115,14 @@ class Bijection(Transform):
         if self._cache_size == 0:
             self._check("x", x)
             return self._call(x)
-        if x is self._cached_x_y[0] and self._cache_holds():
+        if self._knows(x=x):
             return self._cached_x_y[1]
         y, ladj = self.call_and_ladj(x)
         self._remember(x, y, ladj)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        if y is self._cached_x_y[1] and self._cache_holds():
+        if self._knows(y=y):
             return self._cached_x_y[0]
         self._check("y", y)
         x = self._inverse(y)
@@ -131,9 +131,8 @@ class Bijection(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the log absolute determinant of the Jacobian at x; y is used as a cache key."""
-        (x_old, y_old), ladj = self._cached_x_y, self._cached_ladj
-        if ladj is not None and x is x_old and y is y_old and self._cache_holds():
-            return ladj
+        if self._knows(x=x, y=y) and self._cached_ladj is not None:
+            return self._cached_ladj
         self._check("y", y)
         _, ladj = self.call_and_ladj(x)
         check_broadcast(x=x.shape, y=y.shape)
@@ -175,9 +174,17 @@ class Bijection(Transform):
         self._cached_ladj: Tensor | None = None
         self._cached_key: tuple[Any, ...] = ()
 
-    def _cache_holds(self) -> bool:
-        """Whether the cached pair is what it would be if computed now; if not, it is dropped."""
-        if torch.compiler.is_compiling() or self._cached_x_y[0] is None:
+    def _knows(self, x: Tensor | None = None, y: Tensor | None = None) -> bool:
+        """Whether x, y or both are the cached ones, and the pair what it would be if computed now.
+
+        If it is not, it is dropped.
+        """
+        if torch.compiler.is_compiling():  # first: what the compiler sees, it compiles anew for
+            return False
+        x_old, y_old = self._cached_x_y
+        if x_old is None:
+            return False
+        if (x is not None and x is not x_old) or (y is not None and y is not y_old):
             return False
         if self._cached_key == self._key():
             return True

@@ -38,11 +38,15 @@ def readable(*tensors: Tensor) -> bool:
     return (
         lasting(*tensors)
         and not torch.jit.is_tracing()
-        and (
-            forward_ad._current_level < 0
-            or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
+        and not (
+            has_duals() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
         )
     )
+
+
+def has_duals() -> bool:
+    """Whether forward differentiation is under way, so that tensors may have tangents."""
+    return forward_ad._current_level >= 0
 
 
 def version(tensor: Tensor) -> int | None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._checks import readable
+from ._checks import has_duals, readable
 from .compilation import compiling_kernels, kernel
-from .inversion import Root, Solver, leap, report, solve_bracketed
+from .inversion import Root, Solver, attempt, report, solve_bracketed
 from .sinusoid import (
     Chain,
     Sinusoid,
@@ -31,6 +31,7 @@ from .sinusoid import (
 )
 
 _BLOCK = 2**20
+_MANY = 2**14
 
 
 def _by_blocks(
@@ -52,7 +53,7 @@ def _by_blocks(
 
 
 def _unrecorded(*tensors: Tensor) -> bool:
-    """Whether no derivative is wanted, so that autograd need not hear of a function."""
+    """Whether autograd, and the transforms of ``torch.func``, need not hear of a function."""
     return not torch.is_grad_enabled() and readable(*tensors)
 
 
@@ -90,7 +91,7 @@ class _Forward(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gl: Tensor | None, *_: Any) -> tuple[Any, ...]:
         x, a, c, s, d, slope, inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the derivative will itself be differentiated
+        if torch.is_grad_enabled() or has_duals():  # the derivative is itself differentiated
             slope, inputs = evaluate_rows(x, a, c, s, d)[2:]
         size = len(a) * len(d) * x.numel()
         return _by_blocks(pull, has_own(x, a), size, gy, gl, x, a, c, s, d, slope, inputs)
@@ -166,31 +167,52 @@ def _equations(y: Tensor, chain: Chain, own: bool) -> Iterator[_Equation]:
 
 
 @kernel
-def _leap(y: Tensor, chain: Chain, solver: Solver, steps: int) -> tuple[list[Tensor], Tensor]:
-    """Returns the likely roots, and whether they are."""
-    roots, arrived = [y], []
-    for equation in _equations(y, chain, own=True):
+def _attempt(y: Tensor, chain: Chain, solver: Solver, steps: int) -> tuple[list[Tensor], Tensor]:
+    """Takes the same number of steps for each number and sinusoid.
+
+    Returns:
+        The likely roots, the last sinusoid's first, and which numbers have arrived at all of them.
+    """
+    roots, arrived = [y], torch.ones_like(y, dtype=torch.bool)
+    for equation in _equations(y, chain, own=True):  # compiled, sums are fast for shared ones too
         y = roots[-1]
-        x, there = leap(equation, y, y - equation.sinusoid.d, solver, steps)
+        x, there = attempt(equation, y, y - equation.sinusoid.d, solver, steps)
         roots.append(x)
-        arrived.append(there)
-    return roots[1:], torch.stack(arrived).all()
+        arrived = arrived & there
+    return roots[1:], arrived
+
+
+def _solve_by_kernel(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
+    """Inverts the sinusoids of a chain by a compiled kernel, and stragglers apart."""
+    own = has_own(y, chain.a)
+    # Shared sinusoids hardly ever take more than two. To finish stragglers takes as long as many
+    # steps of few numbers, and among many numbers there are always some.
+    steps = 2 if not own else 4 if y.numel() < _MANY else 6
+    likely, arrived = _attempt(y, chain, solver, steps)
+    rest = (~arrived).nonzero(as_tuple=True)
+    if len(rest[0]) == 0:
+        return [Root(x, steps, y.new_zeros(())) for x in likely]
+    rows, columns = rest if own else (rest[0], torch.zeros_like(rest[0]))
+    part = Chain(*(p[..., rows, columns].unsqueeze(-2) for p in chain))
+    return [
+        Root(x.index_put(rest, root.x.squeeze(0)), steps + root.iterations, root.error)
+        for x, root in zip(likely, _solve_each(solver, y[rest].unsqueeze(0), part), strict=True)
+    ]
+
+
+def _solve_each(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
+    """Inverts the sinusoids of a chain one after the other."""
+    roots = [Root(y, 0, y)]
+    for equation in _equations(y, chain, has_own(y, chain.a)):
+        y = roots[-1].x
+        roots.append(solve_bracketed(equation, y, y - equation.sinusoid.d, solver))
+    return roots[1:]
 
 
 def _solve(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
     """Inverts the sinusoids of a chain, the last first, and returns their roots."""
-    own = has_own(y, chain.a)
-    if compiling_kernels() and solver == Solver() and readable(y):
-        # Nearly all arrive in two or three, but among many there are stragglers.
-        steps = 3 if not own else 4 if y.numel() < 2**14 else 6
-        likely, arrived = _leap(y, chain, solver, steps)
-        if arrived:
-            return [Root(x, steps, y.new_zeros(())) for x in likely]
-    roots = [Root(y, 0, y)]
-    for equation in _equations(y, chain, own):
-        y = roots[-1].x
-        roots.append(solve_bracketed(equation, y, y - equation.sinusoid.d, solver))
-    return roots[1:]
+    fast = readable(y, *chain) and compiling_kernels() and solver == Solver()
+    return (_solve_by_kernel if fast else _solve_each)(solver, y, chain)
 
 
 class _Inverse(Function):

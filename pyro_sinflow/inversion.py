@@ -254,13 +254,13 @@ def _halley_steps(
     return x, (residual <= margins.enough) & (half == turn)  # or else the formula does not hold
 
 
-def leap(
+def attempt(
     function: Increasing, y: Tensor, start: Tensor, solver: Solver, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Takes steps without a look at any value, as compiled kernels have to.
+    """Takes some of Halley's steps without a look at values, as compiled kernels have to.
 
     Returns:
-        The solution, and which elements have arrived.
+        The likely root, and which elements have arrived.
     """
     return _halley_steps(function, y, start, _Margins.of(function, y, solver), steps)
 

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from ._checks import broadcast, full_precision
-from .compilation import compiling_kernels, fused, kernel
+from ._checks import broadcast, full_precision, has_duals
+from .compilation import kernel, sums_are_fast
 
 
 class Chain(NamedTuple):
@@ -163,11 +163,11 @@ def _features(x: Tensor, a: Tensor, space: Tensor | None = None) -> Tensor:
 
 
 def allocate(x: Tensor, a: Tensor) -> Tensor | None:
-    """Allocates what features of x need, unless autograd or the compiler sees to it.
+    """Allocates what features of x need, unless autograd or the compiler is looking.
 
     To reuse memory matters: to allocate it takes longer than to fill it.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or compiling_kernels():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or has_duals():
         return None
     return x.new_empty(2 * len(a), *x.shape)
 
@@ -243,7 +243,7 @@ def evaluate_rows(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """
     values, slopes = [x], []
     space = allocate(x, parameters[0])
-    for sinusoid in sinusoids(Chain(*parameters), fused() or has_own(x, parameters[0])):
+    for sinusoid in sinusoids(Chain(*parameters), sums_are_fast() or has_own(x, parameters[0])):
         value, slope = sinusoid(values[-1], space)
         values.append(value)
         slopes.append(slope)
@@ -287,7 +287,7 @@ def pull(
     if gl is not None:
         g_slope = gl / slope
         bent = _bend(a, c, s)
-        if own or fused():
+        if own or sums_are_fast():
             bent = (bent[:-1] * features).sum(dim=0) + bent[-1]
         else:
             bent = _apply(bent.permute(1, 2, 0), features)

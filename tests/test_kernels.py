@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import perturb
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 from pyro_sinflow import (
     LDU,
@@ -15,6 +16,7 @@ from pyro_sinflow import (
     compile_kernels,
     record_inversions,
 )
+from pyro_sinflow.compilation import compiling_kernels
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < torch.torch_version.TorchVersion("2.11"), reason="older compilers fail"
@@ -85,9 +87,47 @@ def test_kernels_of_other_solvers(kernels):
         t.inv(torch.linspace(-5, 5, 30).view(10, 3))
 
 
+def test_forward_over_reverse(kernels):
+    # The slopes that the backward pass finds have no tangents, and must not pass for constants.
+    t = SinusoidalTransform(*torch.randn(3, 4).double(), *torch.randn(2).double())
+    x = torch.randn(5).double()
+
+    def gradient(x):
+        return torch.autograd.grad(t(x).sin().sum(), x)[0]
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone().requires_grad_(), torch.ones_like(x))
+        tangent = forward_ad.unpack_dual(gradient(dual)).tangent
+    h = 1e-6
+    expected = (gradient((x + h).requires_grad_()) - gradient((x - h).requires_grad_())) / (2 * h)
+    assert torch.allclose(tangent, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [lambda: Sinusoidal(3), lambda: LDU(3)])
+def test_neither_switch_nor_cache_compiles_a_users_function_anew(make):
+    torch._dynamo.reset()
+    t, graphs = make(), CompileCounterWithBackend("eager")
+    function = torch.compile(lambda x: t(x), backend=graphs)
+    x = torch.randn(5, 3)
+    function(x)
+    frames = graphs.frame_count
+    for enabled in (True, False):
+        compile_kernels(enabled)
+        for shape in ((5, 3), (3,), (2, 5, 3)):
+            t(torch.randn(shape).requires_grad_())  # another pair in the cache
+            function(x)
+    assert graphs.frame_count == frames
+
+
 def test_kernels_of_no_rows(kernels):
     with torch.no_grad():
         assert LDU(3)(torch.randn(0, 3)).shape == (0, 3)
+
+
+def test_compile_kernels_refuses_an_unknown_backend():
+    with pytest.raises(RuntimeError, match="nonsense"):
+        compile_kernels(backend="nonsense")
+    assert not compiling_kernels()
 
 
 def test_compile_kernels_takes_a_flag():

@@ -1,6 +1,7 @@
 """How fast, as ratios within one run; `make bench` runs this and prints the table.
 
-The first benchmark of each group is the unit of the others.
+The first benchmark of each group is the unit of the others. It runs by turns with each of them,
+because the machine changes its pace.
 """
 
 import subprocess
@@ -28,6 +29,7 @@ from pyro_sinflow import (
     ldu,
 )
 from pyro_sinflow.chain import evaluate
+from pyro_sinflow.compilation import compiling_kernels
 from pyro_sinflow.sinusoid import constrain
 from pyro_sinflow.transforms import SinusoidalChain
 
@@ -65,20 +67,30 @@ def _kernels(request):
     compile_kernels(False)
 
 
-def finished(function):
-    """Waits for the GPU, if there is one."""
-
-    def call():
-        function()
-        if GPU:
-            torch.cuda.synchronize()
-
-    return call
+def seconds(function):
+    """Returns the time that a call takes, on the GPU as well."""
+    start = time.perf_counter()
+    function()
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def measure(benchmark, group, function, rounds=15):
+def measure(benchmark, group, function, rounds=15, unit=None):
+    """Measures a function, and its ratio to the unit of its group, where that can be had."""
     benchmark.group = group
-    benchmark.pedantic(finished(function), rounds=rounds, warmup_rounds=3)
+    alone = unit in (None, function)
+    for _ in range(3):
+        function()
+    if not alone:
+        times, units, kernels = [], [], compiling_kernels()
+        for _ in range(rounds):
+            times.append(seconds(function))
+            compile_kernels(False)
+            units.append(seconds(unit))
+            compile_kernels(kernels)
+        benchmark.extra_info["ratio"] = min(times) / min(units)
+    benchmark.pedantic(function, rounds=rounds if alone else 1)
 
 
 def training_step(parameters, loss):
@@ -107,17 +119,6 @@ def paper_flow():
     return flow.to(DEVICE), torch.randn(128, D).to(DEVICE)
 
 
-def floors(benchmark, step, floor):
-    """Notes how many floors a step takes, measured by turns: the machine changes its pace."""
-    times = {step: [], floor: []}
-    for _ in range(20):
-        for function, seen in times.items():
-            start = time.perf_counter()
-            finished(function)()
-            seen.append(time.perf_counter() - start)
-    benchmark.extra_info["floors"] = min(times[step]) / min(times[floor])
-
-
 class TestTrainingStep:
     group = "Training step, D = 63, 12 LDU blocks, batch 128"
 
@@ -138,14 +139,13 @@ class TestTrainingStep:
         return training_step([p for mlp in mlps for p in mlp.parameters()], loss)
 
     def test_floor_24_plain_mlps(self, benchmark, floor):
-        measure(benchmark, self.group, floor)
+        measure(benchmark, self.group, floor, unit=floor)
 
     @pytest.mark.parametrize("kernels", ["eager", KERNELS])
     def test_eager(self, benchmark, paper_flow, floor, kernels):
         flow, x = paper_flow
         step = training_step([*flow.parameters()], lambda: -flow().log_prob(x).mean())
-        measure(benchmark, self.group, step)
-        floors(benchmark, step, floor)
+        measure(benchmark, self.group, step, unit=floor)
 
     def test_compiled(self, benchmark, paper_flow, floor):
         flow, x = paper_flow
@@ -153,8 +153,7 @@ class TestTrainingStep:
             loss = torch.compile(lambda: -flow().log_prob(x).mean(), fullgraph=True)
             step = training_step([*flow.parameters()], loss)
             step()
-            measure(benchmark, self.group, step)
-            floors(benchmark, step, floor)
+            measure(benchmark, self.group, step, unit=floor)
 
     def test_naive_sinusoids(self, benchmark, paper_flow, floor, monkeypatch):
         flow, x = paper_flow
@@ -162,29 +161,27 @@ class TestTrainingStep:
             SinusoidalChain, "_call_and_ladj", lambda self, x: naive_chain(x, *self._tensors())
         )
         step = training_step([*flow.parameters()], lambda: -flow().log_prob(x).mean())
-        measure(benchmark, self.group, step)
-        floors(benchmark, step, floor)
+        measure(benchmark, self.group, step, unit=floor)
 
 
 @pytest.mark.parametrize("n", [128, 4096])
-@pytest.mark.parametrize("which", ["naive", "ours"])
+@pytest.mark.parametrize("which", ["naive", "ours", KERNELS])
 def test_four_sinusoids(benchmark, which, n):
     shapes = [(D, SINUSOIDS, K)] * 3 + [(D, SINUSOIDS)] * 2
     parameters = [torch.randn(s, device=DEVICE).mul(0.5).requires_grad_() for s in shapes]
     x = torch.randn(n, D, device=DEVICE, requires_grad=True)
 
-    def loss():
-        if which == "naive":
-            y, ladj = naive_chain(x, *parameters)
-        else:
-            y, ladj = evaluate(x, constrain(*parameters, slope=1e-3))
-        return y.sum() + ladj.sum()
+    def step(function):
+        return training_step([x, *parameters], lambda: sum(t.sum() for t in function()))
 
+    naive = step(lambda: naive_chain(x, *parameters))
+    ours = step(lambda: evaluate(x, constrain(*parameters, slope=1e-3)))
     measure(
         benchmark,
         f"A chain of four sinusoids at ({n}, 63), forward and backward",
-        training_step([x, *parameters], loss),
+        naive if which == "naive" else ours,
         rounds=50 if n == 128 else 10,
+        unit=naive,
     )
 
 
@@ -223,26 +220,62 @@ def invert(flow, z):
         return flow().transform.inv(z)
 
 
-@pytest.mark.parametrize(
-    "way", ["log-density", "samples", f"samples by {KERNELS}", "samples by Algorithm 1"]
-)
+def log_density(flow, data):
+    return torch.no_grad()(lambda: flow().log_prob(data.test[:1000]))
+
+
+def algorithm_1(flow, y):
+    """The paper's inverse, of its formulas as written: a fixed point for each of the maps."""
+
+    def solve(function, y):
+        x = y
+        for _ in range(100):
+            x, last = y - (function(x) - x), x
+            if torch.allclose(x, last):
+                break
+        return x
+
+    *blocks, affine = flow().transform.transforms
+    with torch.no_grad():
+        y = affine.inv(y)
+        for block in reversed(blocks):
+            y = solve(block.lower, y)
+            tensors = block.diagonal._tensors()
+            for m in reversed(range(SINUSOIDS)):
+                one = [t.narrow(1, m, 1) for t in tensors]
+                y = solve(lambda x, one=one: naive_chain(x, *one)[0], y)
+            y = solve(block.upper, y)
+        return y
+
+
+WAYS = {
+    "log-density": None,
+    "samples": invert,
+    f"samples by {KERNELS}": invert,
+    "samples by Algorithm 1": algorithm_1,
+    "samples by Solver('banach')": invert,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["LDU", "scale", "autoregressive"])
 @pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
 def test_sampling(benchmark, trained, data, name, way):
-    if way == "samples by Algorithm 1" and name != "LDU":
+    if way in [*WAYS][3:] and name != "LDU":
         pytest.skip("the paper's algorithm, for the paper's block")
     flow, z = trained(name), torch.randn(1000, D, device=DEVICE)
-    function = partial(invert, flow, z)
-    if way == "log-density":
-        function = torch.no_grad()(lambda: flow().log_prob(data.test[:1000]))
-    elif way == "samples by Algorithm 1":
+    if way == "samples by Solver('banach')":
         for module in flow.modules():
             if hasattr(module, "solver"):
                 module.solver = Solver("banach", max_iter=100)
             if hasattr(module, "build"):
                 module.build = partial(SinusoidalChain, solver=Solver("banach", max_iter=100))
-    report_residual(benchmark, flow, z, way)
-    measure(benchmark, f"1,000 {name} samples", function, rounds=3 if "Algorithm" in way else 8)
+    function = unit = log_density(trained(name), data)
+    if way != "log-density":
+        function = partial(WAYS[way], flow, z)
+        report_residual(benchmark, flow, z, WAYS[way])
+    rounds = 3 if "Algorithm" in way else 8
+    measure(benchmark, f"1,000 {name} samples", function, rounds, unit)
 
 
 @pytest.mark.parametrize("way", ["log-density", "samples by fast_inverse", "samples by zuko"])
@@ -251,19 +284,18 @@ def test_sampling(benchmark, trained, data, name, way):
 def test_sampling_zukos_flows(benchmark, trained, data, name, way):
     flow, z = trained(name), torch.randn(1000, D, device=DEVICE)
     flow = fast_inverse(flow) if way == "samples by fast_inverse" else flow
-    function = partial(invert, flow, z)
-    if way == "log-density":
-        function = torch.no_grad()(lambda: flow().log_prob(data.test[:1000]))
-    report_residual(benchmark, flow, z, way)
-    measure(benchmark, f"1,000 {name} samples", function, rounds=5)
-
-
-def report_residual(benchmark, flow, z, way):
-    """Notes the residual of the median sample: the tails are the business of docs/accuracy.md."""
+    function = unit = log_density(flow, data)
     if way != "log-density":
-        with torch.no_grad():
-            error = (flow().transform(invert(flow, z)) - z).abs() / (1 + z.abs())
-        benchmark.extra_info["residual"] = float(error.amax(dim=1).median())
+        function = partial(invert, flow, z)
+        report_residual(benchmark, flow, z, invert)
+    measure(benchmark, f"1,000 {name} samples", function, 5, unit)
+
+
+def report_residual(benchmark, flow, z, inverse):
+    """Notes the residual of the median sample: the tails are the business of docs/accuracy.md."""
+    with torch.no_grad():
+        error = (flow().transform(inverse(flow, z)) - z).abs() / (1 + z.abs())
+    benchmark.extra_info["residual"] = float(error.amax(dim=1).median())
 
 
 @pytest.mark.parametrize("way", ["sample", "rsample and backward"])
@@ -272,8 +304,9 @@ def report_residual(benchmark, flow, z, way):
 def test_gradient_of_samples(benchmark, trained, name, way):
     flow, z = trained(name), torch.randn(1000, D, device=DEVICE)
     step = training_step([*flow.parameters()], lambda: flow().transform.inv(z).square().mean())
-    function = step if way != "sample" else partial(invert, flow, z)
-    measure(benchmark, f"Gradient of 1,000 {name} samples", function, rounds=4)
+    unit = partial(invert, flow, z)
+    function = step if way != "sample" else unit
+    measure(benchmark, f"Gradient of 1,000 {name} samples", function, 5, unit)
 
 
 def hierarchical():
@@ -324,4 +357,6 @@ def test_guide(benchmark, name):
 @pytest.mark.parametrize("package", ["pyro, zuko", "pyro, zuko, pyro_sinflow"])
 def test_import(benchmark, package):
     command = [sys.executable, "-c", f"import {package}"]
-    measure(benchmark, "Import", lambda: subprocess.run(command, check=True), rounds=7)
+    unit = [sys.executable, "-c", "import pyro, zuko"]
+    function, other = (partial(subprocess.run, c, check=True) for c in (command, unit))
+    measure(benchmark, "Import", function, 7, other)
