@@ -203,7 +203,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def trained(data):
-    """Returns a trained flow by its name; what has been trained once is read from out/bench."""
+    """Returns a trained flow by its name; what has been trained once is read from out."""
     folder = ROOT / "out" / f"bench_{DEVICE}"
     folder.mkdir(parents=True, exist_ok=True)
 
