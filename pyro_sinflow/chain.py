@@ -108,6 +108,12 @@ class _Forward(Function):
         return tuple(_unfold(o, info.batch_size) for o in output), (0,) * len(output)
 
 
+def _pick(parameters: Sequence[Tensor], where: tuple[Tensor, ...], own: bool) -> tuple[Tensor, ...]:
+    """Returns the parameters of some numbers, given their indices, as those of a single row."""
+    rows, columns = where if own else (where[0], torch.zeros_like(where[0]))
+    return tuple(p[..., rows, columns].unsqueeze(-2) for p in parameters)
+
+
 class _Equation:
     """A sinusoid to be inverted, with shape (B, N)."""
 
@@ -130,16 +136,9 @@ class _Equation:
 
     def take(self, where: tuple[Tensor, ...]) -> _Equation:
         """Returns the equations of some elements, as a single row."""
-        rows, columns = where
-        if self.sinusoid.linear is not None:
-            columns = torch.zeros_like(rows)
-
-        def pick(t: Tensor) -> Tensor:
-            return t[..., rows, columns].unsqueeze(-2)
-
-        sinusoid = Sinusoid(*map(pick, self.sinusoid[:4]))
-        space = allocate(sinusoid.d, sinusoid.a)
-        return _Equation(sinusoid, pick(self.amplitude), space)
+        parameters = (*self.sinusoid[:4], self.amplitude)
+        a, c, s, d, amplitude = _pick(parameters, where, own=self.sinusoid.linear is None)
+        return _Equation(Sinusoid(a, c, s, d), amplitude, allocate(d, a))
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Returns bounds of the root, from the bounds of slope and residual term."""
@@ -185,15 +184,14 @@ def _attempt(y: Tensor, chain: Chain, solver: Solver, steps: int) -> tuple[list[
 def _solve_by_kernel(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
     """Inverts the sinusoids of a chain by a compiled kernel, and stragglers apart."""
     own = has_own(y, chain.a)
-    # Shared sinusoids hardly ever take more than two. To finish stragglers takes as long as many
-    # steps of few numbers, and among many numbers there are always some.
+    # Where parameters are shared, two hardly ever leave a straggler. Where they are not, to finish
+    # one takes longer than a few steps more of all, and among many numbers there is always one.
     steps = 2 if not own else 4 if y.numel() < _MANY else 6
     likely, arrived = _attempt(y, chain, solver, steps)
     rest = (~arrived).nonzero(as_tuple=True)
     if len(rest[0]) == 0:
         return [Root(x, steps, y.new_zeros(())) for x in likely]
-    rows, columns = rest if own else (rest[0], torch.zeros_like(rest[0]))
-    part = Chain(*(p[..., rows, columns].unsqueeze(-2) for p in chain))
+    part = Chain(*_pick(chain, rest, own))
     return [
         Root(x.index_put(rest, root.x.squeeze(0)), steps + root.iterations, root.error)
         for x, root in zip(likely, _solve_each(solver, y[rest].unsqueeze(0), part), strict=True)
@@ -211,7 +209,7 @@ def _solve_each(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
 
 def _solve(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
     """Inverts the sinusoids of a chain, the last first, and returns their roots."""
-    fast = readable(y, *chain) and compiling_kernels() and solver == Solver()
+    fast = compiling_kernels() and solver == Solver() and readable(y, *chain)
     return (_solve_by_kernel if fast else _solve_each)(solver, y, chain)
 
 

@@ -61,7 +61,8 @@ def compile_kernels(enabled: bool = True, backend: str | Callable[..., Any] = "i
 
 def compiling_kernels() -> bool:
     """Whether kernels are compiled."""
-    return _backend is not None
+    # The compiler goes first: what it sees of a user's function, it compiles that anew for.
+    return not torch.compiler.is_compiling() and _backend is not None
 
 
 def sums_are_fast() -> bool:
@@ -85,7 +86,6 @@ def kernel(function: C) -> C:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal compiled, seen
-        # The compiler goes first: what it sees before, it compiles anew for.
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return function(*args, **kwargs)
         backend = _backend

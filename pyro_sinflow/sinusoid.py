@@ -216,8 +216,7 @@ def sinusoids(chain: Chain, own: bool, bend: bool = False) -> list[Sinusoid]:
     Those that share them know in advance whether the second derivative is wanted.
     """
     a, c, s, d = chain
-    parts = zip(a.unbind(1), c.unbind(1), s.unbind(1), d.unbind(0), strict=True)
-    each = [Sinusoid(*part) for part in parts]
+    each = [*map(Sinusoid, a.unbind(1), c.unbind(1), s.unbind(1), d.unbind(0))]
     if own:
         return each
     value = torch.cat((c / a, s / a, d.unsqueeze(0)))

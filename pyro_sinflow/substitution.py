@@ -350,6 +350,7 @@ def substitute(
         for stage in block:
             target = next(targets)
             h = evaluation.outputs(stage).view(target.shape[1], -1, rows).permute(2, 0, 1)
+            # The same for scalars, in one call: this is where small operations add up.
             parameters = unpack(h, shapes) if any(shapes) else h.unbind(-1)
             root = univariate(*parameters).inv(target).t()
             evaluation.commit(stage, root)

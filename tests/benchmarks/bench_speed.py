@@ -325,9 +325,10 @@ def hierarchical():
 
 
 # About 8,000 parameters each, in two autoregressive maps; an LDU block has two.
-LDU_GUIDE = {"scale": True, "hidden_features": (35, 35), "activation": nn.SiLU}
 GUIDES = {
-    "LDU": lambda m: AutoNormalizingFlow(m, partial(ldu, **LDU_GUIDE)),
+    "LDU": lambda m: AutoNormalizingFlow(
+        m, partial(ldu, scale=True, hidden_features=(35, 35), activation=nn.SiLU)
+    ),
     "AutoIAFNormal": lambda m: AutoIAFNormal(m, hidden_dim=[40, 40], num_transforms=2),
     "spline_autoregressive": lambda m: AutoNormalizingFlow(
         m, partial(iterated, 2, spline_autoregressive, hidden_dims=[24], count_bins=2)

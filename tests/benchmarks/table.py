@@ -17,11 +17,10 @@ def main(path: str) -> None:
         print(f"| **{group}** | | |")
         for entry in entries:
             name = entry["param"] or entry["name"].removeprefix("test_").replace("_", " ")
-            notes = entry["extra_info"]
+            notes = dict(entry["extra_info"])
             ratio = notes.pop("ratio", entry["stats"]["min"] / unit)
-            print(
-                f"| {name} | {ratio:.2f} | {', '.join(f'{k} {v:.3g}' for k, v in notes.items())} |"
-            )
+            noted = ", ".join(f"{k} {v:.3g}" for k, v in notes.items())
+            print(f"| {name} | {ratio:.2f} | {noted} |")
 
 
 if __name__ == "__main__":
