@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -65,18 +66,15 @@ def check_tensor(name: str, x: Any) -> None:
         raise TypeError(f"'{name}' should be a tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"'{name}' should be a floating-point tensor, got {x.dtype}.")
-    # One reduction on the good path: NaN and infinity times zero are NaN.
-    if (
-        x.numel()
-        and is_validation_enabled()
-        and readable(x)
-        and not bool((x.detach() * 0).sum() == 0)
-    ):
+    # One reduction on the good path: a finite sum has finite terms. The sum of large numbers may be
+    # infinite as well.
+    if is_validation_enabled() and readable(x) and not math.isfinite(x.detach().sum()):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
-        raise ValueError(
-            f"'{name}' should be finite, got {nan} NaN and {inf} infinite values "
-            f"in a tensor of shape {tuple(x.shape)}."
-        )
+        if nan or inf:
+            raise ValueError(
+                f"'{name}' should be finite, got {nan} NaN and {inf} infinite values "
+                f"in a tensor of shape {tuple(x.shape)}."
+            )
 
 
 def autocasting(x: Tensor) -> bool:

@@ -209,6 +209,14 @@ def test_values(name, cache_size, spoil, error, message):
     assert torch.allclose(t.inv(t(good)), good, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_numbers_whose_sum_overflows_are_finite(dtype):
+    t = SinusoidalTransform(*torch.zeros(3, 4, 1), *torch.zeros(2, 4))
+    x = torch.full((4,), 0.7 * torch.finfo(dtype).max, dtype=dtype)
+    assert not x.sum().isfinite()
+    assert torch.equal(t(x), x.float())
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_dtypes(name):
     t = TRANSFORMS[name]
