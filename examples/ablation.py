@@ -24,8 +24,8 @@ from training import Budget, arguments, evaluate, fit, print_table
 from zuko.lazy import Flow, LazyComposedTransform, LazyTransform
 from zuko.transforms import AdditiveTransform, ComposedTransform
 
-from pyro_sinflow import MaskedNetwork, SinusoidalFlow
-from pyro_sinflow.conditioners import LazyAffine, LazySinusoids, LazyTriangular
+from pyro_sinflow import LazyTriangular, MaskedNetwork, SinusoidalFlow
+from pyro_sinflow.conditioners import LazyAffine, LazySinusoids
 
 Scores = dict[str, list[float]]  # of each data set, for each seed
 

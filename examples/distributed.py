@@ -6,8 +6,8 @@ Run it by torchrun, which starts the processes, and starts all anew when one fai
 
 Each process takes its share of every batch, and the gradients are averaged: the flow is the one
 that a single process would fit, whatever their number. After a restart, training goes on from the
-last checkpoint to the result that it would have reached at once. Then each process draws its share
-of samples, from a seed of its own. Without torchrun, there is one process.
+last checkpoint to the result that it would have reached uninterrupted. Then each process draws its
+share of samples, from a seed of its own. Without torchrun, there is one process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from data import patches
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from training import arguments
 from zuko.lazy import Flow
 
 from pyro_sinflow import SinusoidalFlow
@@ -96,10 +96,7 @@ def draw(flow: Flow, args: argparse.Namespace) -> Tensor | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits a flow to patches of photographs, and draws samples."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="steps (default: %(default)s)")
     parser.add_argument(

@@ -1,9 +1,9 @@
 """NeuTra on a funnel: effective sample sizes per gradient, beside plain NUTS.
 
-Neal's funnel: the logarithm of a scale is normal, with standard deviation 3, and nine numbers are
-normal with that scale. NUTS walks in the funnel, or in the noise of a fitted guide (Hoffman et al.,
-2019). Each evaluation of the model with its gradient is counted, warm-up apart. The table is
-printed; JSON and a picture are written to a folder.
+Neal's funnel: the logarithm of a variance is normal, with standard deviation 3, and nine numbers
+are normal with that variance. NUTS walks in the funnel, or in the noise of a fitted guide (Hoffman
+et al., 2019). Each evaluation of the model with its gradient is counted, warm-up apart. The table
+is printed; JSON and a picture are written to a folder.
 """
 
 from __future__ import annotations

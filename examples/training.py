@@ -55,7 +55,7 @@ def fit(
     """Fits a flow by maximum likelihood, and leaves it with the weights that validated best.
 
     With a checkpoint, a fit that was interrupted goes on from its last validation to the result
-    that it would have reached at once, and a finished one is read from the file.
+    that it would have reached uninterrupted, and a finished one is read from the file.
 
     Args:
         name: What the progress bar says.

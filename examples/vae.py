@@ -26,7 +26,7 @@ from training import arguments, infer, print_table
 
 from pyro_sinflow import ldu
 
-LEVELS, PIXELS, CODES = 16, 64, 8
+BRIGHTEST, PIXELS, CODES = 16, 64, 8
 
 
 def noise() -> dist.Distribution:
@@ -41,7 +41,7 @@ def network(inputs: int, outputs: int) -> nn.Module:
 
 
 class VAE(nn.Module):
-    """A variational autoencoder of images with 16 levels of brightness.
+    """A variational autoencoder of images with brightness from 0 to 16.
 
     Args:
         flow: Blocks from code to noise, if the prior is a flow. A prior scores, so this is the
@@ -61,12 +61,12 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> dist.Distribution:
         """Returns the guide's distribution of codes, given pixels."""
-        loc, log_scale = self.encoder(images / LEVELS).chunk(2, dim=-1)
+        loc, log_scale = self.encoder(images / BRIGHTEST).chunk(2, dim=-1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
     def decode(self, code: Tensor) -> dist.Distribution:
         """Returns the distribution of pixels, given codes."""
-        return dist.Binomial(LEVELS, logits=self.decoder(code)).to_event(1)
+        return dist.Binomial(BRIGHTEST, logits=self.decoder(code)).to_event(1)
 
     def model(self, images: Tensor) -> None:
         """Draws codes, and pixels given codes."""
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def batch() -> list[Tensor]:
         return [train[torch.randint(len(train), (128,))]]
 
-    sheets = {"data": test[:64] / LEVELS}
+    sheets = {"data": test[:64] / BRIGHTEST}
     results: dict[str, dict[str, float]] = {}
     normal = torch.zeros(len(test))
     for name, make in PRIORS.items():

@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .compilation import compile_kernels
+from .conditioners import LazyTriangular
 from .flows import FastInverse, SinusoidalFlow, fast_inverse
 from .inversion import Inversion, InversionError, InversionWarning, Solver, record_inversions
 from .modules import LDU, ConditionalLDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
@@ -16,6 +17,7 @@ __all__ = [
     "InversionError",
     "InversionWarning",
     "LDUTransform",
+    "LazyTriangular",
     "MaskedNetwork",
     "PixelCNN",
     "Sinusoidal",

@@ -179,7 +179,8 @@ class Bijection(Transform):
 
         If it is not, it is dropped.
         """
-        if torch.compiler.is_compiling():  # first: what the compiler sees, it compiles anew for
+        # First of all: whatever the compiler sees becomes a guard of the user's compiled function.
+        if torch.compiler.is_compiling():
             return False
         x_old, y_old = self._cached_x_y
         if x_old is None:

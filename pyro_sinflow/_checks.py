@@ -155,12 +155,13 @@ def check_shape(name: str, shape: Any) -> Size:
     return Size(check_size(name, n, minimum=0) for n in shape)
 
 
-def check_real(name: str, value: Any, low: float, high: float) -> float:
-    """Requires a number in the open interval ``(low, high)``."""
+def check_real(name: str, value: Any, low: float, high: float, closed: bool = False) -> float:
+    """Requires a number in the open interval ``(low, high)``, or with ``closed`` in [low, high)."""
     if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
         raise TypeError(f"'{name}' should be a number, got {value!r}.")
-    if not low < value < high:
-        raise ValueError(f"'{name}' should lie strictly between {low} and {high}, got {value}.")
+    if not (low < value < high or (closed and value == low)):
+        least = f"at least {low} and less than" if closed else f"strictly between {low} and"
+        raise ValueError(f"'{name}' should be {least} {high}, got {value}.")
     return float(value)
 
 

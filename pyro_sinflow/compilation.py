@@ -61,7 +61,8 @@ def compile_kernels(enabled: bool = True, backend: str | Callable[..., Any] = "i
 
 def compiling_kernels() -> bool:
     """Whether kernels are compiled."""
-    # The compiler goes first: what it sees of a user's function, it compiles that anew for.
+    # First of all: whatever the compiler sees becomes a guard of the user's function, which would
+    # then be compiled anew when the switch is turned.
     return not torch.compiler.is_compiling() and _backend is not None
 
 
@@ -77,8 +78,9 @@ def sums_are_fast() -> bool:
 def kernel(function: C) -> C:
     """Compiles a function where that has been asked for.
 
-    It may not look at the values of tensors. Those that are arguments by themselves tell whether it
-    is compiled for this call; if they are as any, so have to be those inside of other arguments.
+    It may not read the values of tensors. The tensors among the positional arguments decide whether
+    a call is compiled; those inside of others, such as a ``Chain``, have to be like them in device,
+    autocast and what ``readable`` says.
     """
     compiled: Any = None
     seen: Any = None  # the backend that it was compiled by

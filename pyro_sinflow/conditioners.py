@@ -21,6 +21,8 @@ from .networks import MaskedNetwork, Shortcut, check_context
 from .substitution import has_hooks, substitute
 from .transforms import SinusoidalChain, TriangularTransform
 
+_FASTER = 10  # how many times faster than its parameter the log-scale of LazyAffine learns
+
 
 def initial_sinusoids(*shape: int, components: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draws frequencies, phases and weights, each of shape ``(*shape, components)``.
@@ -69,7 +71,7 @@ def dependencies(module: nn.Module, c: Tensor | None, *others: Tensor) -> tuple[
 class LazyTriangular(LazyTransform):
     r"""Creates a lazy triangular transformation.
 
-    .. math:: y_i = \tau(x_i; c_i(x_{<i}, c))
+    .. math:: y_i = \tau(x_i; h_i(x_{<i}, c))
 
     See Also:
         :class:`pyro_sinflow.TriangularTransform` and
@@ -83,6 +85,10 @@ class LazyTriangular(LazyTransform):
         univariate: The constructor of :math:`\tau`, which treats all features alike.
         shapes: The shapes of the arguments of ``univariate``, for one feature.
         solver: How the inverse is computed.
+
+    Raises:
+        TypeError: If ``features`` holds anything but integers.
+        ValueError: If one of them is not positive.
 
     Example:
         >>> network = MaskedNetwork((3,), context=2, outputs=2)
@@ -164,8 +170,8 @@ class ElementWiseModule(LazyTransform):
 class LazyAffine(ElementWiseModule):
     r"""Creates a lazy element-wise affine transformation, the identity at first.
 
-    Its free log-scale counts tenfold. An optimiser that moves each parameter by about the learning
-    rate, as Adam does, would else take most of its steps to fit the scale of the noise.
+    Its free log-scale counts ten times. An optimiser that moves each parameter by about the
+    learning rate, as Adam does, would else take most of its steps to fit the scale of the noise.
 
     Args:
         features: The shape of an event.
@@ -187,7 +193,7 @@ class LazyAffine(ElementWiseModule):
     def forward(self, c: Tensor | None = None) -> Transform:
         """Returns the transformation, given a context."""
         loc, log_scale = self.values(c)
-        return Affine(loc, log_scale + 9 * self.log_scale)
+        return Affine(loc, log_scale + (_FASTER - 1) * self.log_scale)
 
 
 class LazySinusoids(ElementWiseModule):
@@ -228,8 +234,9 @@ class LazySinusoids(ElementWiseModule):
         }
         super().__init__(parameters, context, hidden_features, activation)
 
-        self.build = partial(SinusoidalChain, slope=slope, solver=solver)
+        self.slope = slope
+        self.solver = solver
 
     def forward(self, c: Tensor | None = None) -> Transform:
         """Returns the transformation, given a context."""
-        return self.build(*self.values(c))
+        return SinusoidalChain(*self.values(c), slope=self.slope, solver=self.solver)

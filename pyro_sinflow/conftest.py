@@ -8,7 +8,6 @@ import torch
 import zuko
 
 import pyro_sinflow
-from pyro_sinflow.conditioners import LazyTriangular
 
 
 @pytest.fixture(autouse=True)
@@ -16,4 +15,3 @@ def _namespace(doctest_namespace: dict[str, Any]) -> None:
     torch.manual_seed(0)
     doctest_namespace.update(torch=torch, pyro=pyro, zuko=zuko)
     doctest_namespace.update((n, getattr(pyro_sinflow, n)) for n in pyro_sinflow.__all__)
-    doctest_namespace.update(LazyTriangular=LazyTriangular)

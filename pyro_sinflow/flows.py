@@ -116,7 +116,10 @@ class SinusoidalFlow(Flow):
         ascending = torch.arange(shape.numel())
 
         independent = conditioner == "independent"
-        make: Callable[..., LazyTransform] = ConditionalLDU if independent else autoregressive
+        for name in ("scale", "context_diagonal"):
+            if name in kwargs and not independent:
+                raise TypeError(f"'{name}' is an option of the independent conditioner alone.")
+        make: Callable[..., LazyTransform] = ConditionalLDU if independent else _autoregressive
         if sinusoids is None:
             sinusoids = 4 if independent else 2
 
@@ -149,17 +152,21 @@ class SinusoidalFlow(Flow):
         super().__init__(lazy, base)
 
 
-def autoregressive(
+def _autoregressive(
     features: Size,
-    context: int = 0,
+    context: int,
     *,
-    sinusoids: int = 2,
+    sinusoids: int,
+    order: Tensor,
+    network: Callable[..., nn.Module],
+    max_scale: float,
     components: int = 4,
     slope: float = 1e-3,
-    max_scale: float = 2.0,
-    network: Callable[..., nn.Module] = MaskedNetwork,
+    hidden_features: Sequence[int] = (64, 64),
+    activation: Callable[[], nn.Module] | None = None,
+    residual: bool = False,
+    dropout: float = 0.0,
     solver: Solver = Solver(),
-    **kwargs: Any,
 ) -> LazyTriangular:
     """Creates a lazy triangular transform of affine maps and sinusoids, conditioned in full.
 
@@ -167,12 +174,16 @@ def autoregressive(
         features: The shape of an event.
         context: The number of context features.
         sinusoids: The number of sinusoids.
-        components: The number of components K of each.
-        slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
-        max_scale: The largest factor of the affine maps, greater than 1.
+        order: The rank of each feature.
         network: The constructor of the network, which has to have a method ``set_bias``.
+        max_scale: The largest factor of the affine maps, greater than 1.
+        components: The number of components K of each sinusoid.
+        slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
+        hidden_features: The numbers of hidden features.
+        activation: The activation function constructor.
+        residual: Whether the network uses residual blocks.
+        dropout: The probability that a hidden unit is dropped in training.
         solver: How the inverse is computed.
-        kwargs: Keyword arguments passed to ``network``.
     """
     check_size("sinusoids", sinusoids)
     check_size("components", components)
@@ -183,7 +194,21 @@ def autoregressive(
     shapes = [(), (), *[(sinusoids, components)] * 3, (sinusoids,)]
     outputs = sum(Size(s).numel() for s in shapes)
 
-    masked: Any = network(features, context, outputs, **kwargs)
+    masked: Any = network(
+        features,
+        context,
+        outputs,
+        order=order,
+        hidden_features=hidden_features,
+        activation=activation,
+        residual=residual,
+        dropout=dropout,
+    )
+    if not hasattr(masked, "set_bias"):
+        raise TypeError(
+            "'network' should make a network with a method 'set_bias' for the autoregressive "
+            f"conditioner, got {type(masked).__name__}."
+        )
     n = features.numel()
     masked.set_bias(
         torch.cat(

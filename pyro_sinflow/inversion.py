@@ -40,7 +40,8 @@ class Solver:
     r"""How an inverse is computed.
 
     Args:
-        method: ``"newton"`` inverts sinusoids by bracketed Newton, and triangular maps by nilpotent
+        method: ``"newton"`` inverts sinusoids by Halley's steps and, where these do not arrive, by
+            bracketed ones of Newton's, and triangular maps by forward substitution or nilpotent
             iteration. ``"banach"`` is the paper's Algorithm 1, a fixed-point iteration for both. It
             converges linearly, at the rate :math:`|\alpha|`: use it for comparison.
         tolerance: The iteration stops once :math:`|f(x) - y| \leq` ``tolerance``
@@ -49,12 +50,14 @@ class Solver:
             4 times the machine epsilon of the dtype, and answers for 32 times.
         max_iter: The largest number of iterations. If :py:`None`, 200 for ``"newton"`` and 100 for
             ``"banach"``, while a nilpotent iteration takes at most one pass per feature, or two
-            where it begins with a preconditioner that turns out to be of no use. Where
-            values cannot be read (``torch.compile``, ``torch.func``, fake tensors), exactly this
-            many iterations run.
+            where it begins with a preconditioner that turns out to be of no use. Where values
+            cannot be read (``torch.compile``, ``torch.func``, fake tensors), a sinusoid takes
+            ``max_iter`` iterations, or 40, and a triangular map one pass per feature, or
+            ``max_iter`` if that is less.
 
     Raises:
         ValueError: If the method is unknown, or a number not positive.
+        TypeError: If ``tolerance`` is not a number, or ``max_iter`` not an integer.
 
     Example:
         >>> Solver("banach", max_iter=50)
@@ -132,9 +135,14 @@ def record(problem: str, iterations: int, elements: int) -> None:
 
 
 def missed(problem: str, worst: Tensor, tolerance: float, iterations: int) -> str:
-    """Says that an inverse missed its tolerance."""
+    """Says that a solver missed its tolerance."""
+    what = {
+        "sinusoid": "inverse of a sinusoidal map",
+        "triangular": "inverse of a triangular map",
+        "adjoint": "gradient of the inverse of a triangular map",
+    }
     return (
-        f"The inverse of a {problem} map stopped after {iterations} iterations with a relative "
+        f"The {what[problem]} stopped after {iterations} iterations with a relative "
         f"error of {float(worst):.2g}, while its tolerance is {tolerance:.2g}."
     )
 
@@ -167,9 +175,9 @@ class Root(NamedTuple):
 def solve_bracketed(function: Increasing, y: Tensor, start: Tensor, solver: Solver) -> Root:
     r"""Solves :math:`f(x) = y` element by element, for an increasing :math:`f`.
 
-    Two of Halley's steps settle nearly all elements. What remains is solved apart, by Newton's
-    method with bisection as a safeguard: each iteration halves the residual or the bracket, or does
-    better.
+    Up to four of Halley's steps settle nearly all elements. What remains is solved apart, by
+    Newton's method with bisection as a safeguard: each iteration halves the residual or the
+    bracket, or does better.
 
     Args:
         function: The function :math:`f`, with bounds of its derivatives and of its root.
@@ -183,7 +191,7 @@ def solve_bracketed(function: Increasing, y: Tensor, start: Tensor, solver: Solv
     if solver.method == "banach":
         return _banach(function, y, start, solver)
     if not readable(y, start):
-        return _safeguarded(function, y, start, solver, limit=40)
+        return _safeguarded(function, y, start, solver, solver.max_iter or 40)
     limit = solver.max_iter or 200
     if solver.tolerances(y.dtype)[0] < torch.finfo(y.dtype).eps:
         # Out of reach: only the residual itself tells by how much.
@@ -202,7 +210,7 @@ def report(roots: Sequence[Root], solver: Solver) -> None:
     for x, _, error in roots:
         _, tolerance = solver.tolerances(x.dtype)
         if readable(x, error) and not error <= tolerance:
-            message = missed("sinusoidal", error, tolerance, iterations)
+            message = missed("sinusoid", error, tolerance, iterations)
             warnings.warn(message, InversionWarning, stacklevel=2)
             return
 
@@ -257,7 +265,7 @@ def _halley_steps(
 def attempt(
     function: Increasing, y: Tensor, start: Tensor, solver: Solver, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Takes some of Halley's steps without a look at values, as compiled kernels have to.
+    """Takes some of Halley's steps without reading values, as compiled kernels have to.
 
     Returns:
         The likely root, and which elements have arrived.
@@ -292,9 +300,7 @@ def _safeguarded(function: Increasing, y: Tensor, x: Tensor, solver: Solver, lim
     """Newton's method, with bisection where it leaves the bracket or gains less than a bit."""
     aim, _ = solver.tolerances(y.dtype)
     eps = torch.finfo(y.dtype).eps
-    look = readable(x)
-    if not look and solver.max_iter:
-        limit = solver.max_iter
+    may_read = readable(x)
 
     lower, upper = function.bracket(y)
     x = x.clamp(lower, upper)
@@ -305,7 +311,7 @@ def _safeguarded(function: Increasing, y: Tensor, x: Tensor, solver: Solver, lim
     for iteration in range(limit + 1):
         settled = error.abs() <= aim * (1 + x.abs() + y.abs())
         settled = settled | (upper - lower <= 2 * eps * x.abs())  # no number left between them
-        if iteration == limit or (look and bool(settled.all())):
+        if iteration == limit or (may_read and bool(settled.all())):
             break
         lower = torch.where(error < 0, x, lower)
         upper = torch.where(error > 0, x, upper)

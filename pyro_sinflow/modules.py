@@ -74,7 +74,7 @@ class Sinusoidal(SinusoidalTransform, TransformModule):
         super().__init__(*map(nn.Parameter, parameters), slope=slope, solver=solver, cache_size=1)
 
     __eq__ = Transform.__eq__
-    __hash__ = TransformModule.__hash__
+    __hash__ = TransformModule.__hash__  # type: ignore[assignment]
 
 
 class ConditionalLDU(LazyTransform):
@@ -174,7 +174,7 @@ class ConditionalLDU(LazyTransform):
         self.features = shape
         self.context = context
         self.context_diagonal = context_diagonal
-        self.upper = triangular(rank.flip(0) if order is None else len(rank) - 1 - rank)
+        self.upper = triangular(len(rank) - 1 - rank)
         self.diagonal = LazySinusoids(
             shape,
             context if context_diagonal else 0,
@@ -240,6 +240,10 @@ class LDU(LDUTransform, TransformModule):
         features: The number of features, or their shape.
         kwargs: Keyword arguments passed to :class:`ConditionalLDU`, without a context.
 
+    Raises:
+        TypeError: If an argument has the wrong type, or there is no such option.
+        ValueError: If a size is not positive, ``order`` no permutation, or a number out of range.
+
     Example:
         >>> t = LDU(3)
         >>> isinstance(t, LDUTransform)
@@ -277,7 +281,7 @@ class LDU(LDUTransform, TransformModule):
         return self.block.lower()
 
     __eq__ = Transform.__eq__
-    __hash__ = TransformModule.__hash__
+    __hash__ = TransformModule.__hash__  # type: ignore[assignment]
 
 
 def sinusoidal(features: int | Sequence[int], **kwargs: Any) -> Sinusoidal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -49,13 +50,21 @@ def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
     return ranks.long()
 
 
-def check_activation(activation: Callable[[], nn.Module] | None) -> Callable[[], nn.Module]:
-    """Requires the constructor of a module, and returns it; that of rectifiers for None."""
+def check_activation(
+    activation: Callable[[], nn.Module] | None, dropout: float
+) -> Callable[[], nn.Module]:
+    """Requires the constructor of a module, or None for that of rectifiers, and a probability.
+
+    Returns:
+        The constructor of the activation, which dropout follows unless its probability is zero.
+    """
+    check_real("dropout", dropout, 0.0, 1.0, closed=True)
     if isinstance(activation, nn.Module):  # which can be called, but not for this
         raise TypeError(
             f"'activation' should be a constructor, such as torch.nn.ReLU, got {activation}."
         )
-    return nn.ReLU if activation is None else check_callable("activation", activation)
+    make = nn.ReLU if activation is None else check_callable("activation", activation)
+    return make if dropout == 0 else lambda: nn.Sequential(make(), nn.Dropout(dropout))
 
 
 class Shortcut(nn.Module):
@@ -74,8 +83,8 @@ class Shortcut(nn.Module):
     def __init__(self, network: nn.Module, linear: MaskedLinear) -> None:
         super().__init__()
 
+        self.network = network
         self.linear = linear
-        self.network = network  # last, so that its last bias is the last parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the sum."""
@@ -101,7 +110,7 @@ class Shortcut(nn.Module):
 
 
 class MaskedNetwork(nn.Module):
-    r"""Creates a network :math:`h_i = c_i(x_{<i}, c)`.
+    r"""Creates a network :math:`h_i(x_{<i}, c)`.
 
     It is :class:`zuko.nn.MaskedMLP` over events of any shape and a context, perhaps with a
     :class:`~pyro_sinflow.networks.Shortcut` to the first output of each feature, its shift.
@@ -118,6 +127,10 @@ class MaskedNetwork(nn.Module):
         shortcut: How many times faster than other weights the
             :class:`~pyro_sinflow.networks.Shortcut` learns, by an optimiser that moves each by
             about the learning rate, as Adam does. 0 for no shortcut.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size is not positive, ``order`` no permutation, or a number out of range.
 
     Example:
         >>> network = MaskedNetwork((3,), context=2, outputs=4)
@@ -144,10 +157,10 @@ class MaskedNetwork(nn.Module):
         self.outputs = check_size("outputs", outputs)
         sizes = check_shape("hidden_features", hidden_features)
         hidden = [check_size("hidden_features", h) for h in sizes]
-        check_real("dropout", dropout, -1e-9, 1.0)
-        check_real("shortcut", shortcut, -1e-9, math.inf)
+        check_flag("residual", residual)
+        check_real("shortcut", shortcut, 0.0, math.inf, closed=True)
         rank = check_order(order, self.features)
-        make = check_activation(activation)
+        activate = check_activation(activation, dropout)
 
         adjacency = rank[:, None] > rank
         adjacency = torch.cat(
@@ -157,9 +170,7 @@ class MaskedNetwork(nn.Module):
             mlp = MaskedMLP(
                 adjacency.repeat_interleave(self.outputs, dim=0),
                 hidden_features=hidden,
-                activation=make
-                if dropout == 0
-                else lambda: nn.Sequential(make(), nn.Dropout(dropout)),
+                activation=activate,
                 residual=residual,
             )
             self.network: nn.Module | None = mlp
@@ -180,10 +191,17 @@ class MaskedNetwork(nn.Module):
     @property
     def bias(self) -> Tensor:
         """The bias of the last layer."""
-        return self.constant if self.network is None else [*self.network.parameters()][-1]
+        if self.network is None:
+            return self.constant
+        mlp: Any = self.network.network if isinstance(self.network, Shortcut) else self.network
+        return mlp[-1].bias
 
     def set_bias(self, bias: Tensor) -> None:
-        """Sets the outputs of a network whose last layer sees nothing but zeros."""
+        r"""Sets the bias of the outputs.
+
+        Args:
+            bias: The bias, with shape :math:`(D, \text{outputs})`, features in raster order.
+        """
         with torch.no_grad():
             self.bias.copy_(bias.flatten())
 
@@ -250,7 +268,7 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class PixelCNN(nn.Module):
-    r"""Creates a convolutional network :math:`h_i = c_i(x_{<i}, c)` for images.
+    r"""Creates a convolutional network :math:`h_i(x_{<i}, c)` for images.
 
     Features are in raster order: pixel by pixel, and within a pixel channel by channel. Some of the
     hidden maps see all of the rows above a pixel, the others the pixels to its left as well, so
@@ -316,17 +334,13 @@ class PixelCNN(nn.Module):
         sizes = check_shape("hidden_features", hidden_features)
         hidden = [check_size("hidden_features", h, channels + 1) for h in sizes]
         check_flag("residual", residual)
-        check_real("dropout", dropout, -1e-9, 1.0)
         if check_size("kernel_size", kernel_size, minimum=3) % 2 == 0:
             raise ValueError(f"'kernel_size' should be odd, got {kernel_size}.")
         rank = check_order(order, self.features).tolist()
         self.mirrored = rank != sorted(rank)
         if self.mirrored and rank != sorted(rank, reverse=True):
             raise ValueError(f"'order' should be ascending or descending, got {order}.")
-        make = check_activation(activation)
-
-        def activate() -> nn.Module:
-            return nn.Sequential(make(), nn.Dropout(dropout)) if dropout else make()
+        activate = check_activation(activation, dropout)
 
         def convolve(before: Tensor, after: Tensor, bias: bool = True) -> MaskedConv2d:
             return MaskedConv2d(before, after, channels, kernel_size, bias)
@@ -358,7 +372,7 @@ class PixelCNN(nn.Module):
         self.bias = nn.Parameter(torch.zeros(*self.features, self.outputs))
 
     def set_bias(self, bias: Tensor) -> None:
-        """Sets the outputs of a network whose last layer sees nothing but zeros."""
+        """Sets the bias of the outputs, as :class:`MaskedNetwork` does."""
         with torch.no_grad():
             self.bias.copy_(bias.view_as(self.bias))
 

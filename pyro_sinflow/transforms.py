@@ -23,6 +23,7 @@ from ._checks import (
     check_dtype,
     check_instance,
     check_real,
+    check_shape,
     check_size,
     check_tensor,
     readable,
@@ -256,6 +257,8 @@ class TriangularTransform(Bijection):
 
     Raises:
         TypeError: If the conditioner is not callable, or returns something else.
+        ValueError: If a size is not positive; in the inverse, if ``phi`` is empty while the
+            conditioner depends on tensors that require gradients.
 
     Example:
         >>> weight = torch.randn(3, 3).tril(-1)
@@ -294,7 +297,7 @@ class TriangularTransform(Bijection):
         self._phi = phi
         self.passes = None if passes is None else check_size("passes", passes)
         self._event_dim = check_size("event_dim", event_dim)
-        self.batch_shape = Size(batch_shape)
+        self.batch_shape = check_shape("batch_shape", batch_shape)
         self.substitute = substitute
         self.preconditioner = preconditioner
         self.solver = check_instance("solver", solver, Solver)
@@ -413,7 +416,7 @@ class LDUTransform(Bijection):
             for part in self.parts:
                 shape = part.forward_shape(shape)
             batch_shape = shape[: len(shape) - self._event_dim]
-        self.batch_shape = Size(batch_shape)
+        self.batch_shape = check_shape("batch_shape", batch_shape)
 
     @property
     def parts(self) -> tuple[Transform, Transform, Transform]:

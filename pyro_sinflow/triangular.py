@@ -56,7 +56,7 @@ class TriangularMap(NamedTuple):
         """Returns the root of the map whose conditioner is held at x."""
         return self.at(x).inv(y)
 
-    def look_ahead(self) -> Tensor | None:
+    def finite_preconditioner(self) -> Tensor | None:
         """Returns the preconditioner, as far as it is finite."""
         if self.preconditioner is None:
             return None
@@ -117,20 +117,20 @@ def _settle(
     problem: str,
     passes: int | None = None,
     preconditioner: Tensor | None = None,
-    look: bool = True,
+    may_read: bool = True,
 ) -> Tensor:
     """Iterates a nilpotent step until it settles, at most as many times as there are features.
 
     An event is preconditioned for as long as there is less to change than in either of the last two
     passes. Where a poor preconditioner, or round-off that it amplifies, puts an end to that, the
-    plain step may take as many passes again. If it may not look at values, all passes are taken.
+    plain step may take as many passes again. Where it may not read values, all passes are taken.
     """
     features = x.shape[x.ndim - event_dim :].numel()
     bound = min(features, passes or features)
     aim, tolerance = solver.tolerances(x.dtype)
     largest, least = _largest(x.dtype), x.new_full((), aim)
     limit = solver.max_iter or (100 if solver.method == "banach" else 2 * bound)
-    if (limit >= bound and not look) or not x.numel():
+    if (limit >= bound and not may_read) or not x.numel():
         preconditioner = None  # all passes are taken anyway, and exact without
     limit = min(limit, bound if preconditioner is None else 2 * bound)
 
@@ -145,15 +145,16 @@ def _settle(
             change = new - x
             worst = (change.abs() / (1 + new.abs())).amax(dim=event, keepdim=True)  # perhaps NaN
             less = worst < torch.maximum(*recent)
-            recent = torch.where(less, worst, 0), torch.where(less, recent[0], 0)  # never again
+            # Zeros keep an event that did not improve without the preconditioner from now on.
+            recent = torch.where(less, worst, 0), torch.where(less, recent[0], 0)
             ahead = _look_ahead(change.nan_to_num(nan=0.0), event_dim, preconditioner)
             new = torch.where(less, new + ahead, new)
-        if look:  # the change is NaN where the step is not finite
+        if may_read:  # the change is NaN where the step is not finite
             change = (new - x).abs()
             done = bool((change <= torch.add(least, new.abs(), alpha=aim)).all())
         x = new.nan_to_num(nan=0.0).clamp(-largest, largest)
     record(problem, iteration, x.numel())
-    if not look:  # what cannot be reported is passed on
+    if not may_read:  # what cannot be reported is passed on
         return new.where(_finite(new, event_dim), torch.nan)
     if done or not x.numel():
         return x
@@ -190,15 +191,15 @@ def solved(x: Tensor) -> Tensor:
     return _cut_off(x, 1)[0]
 
 
-def solve_triangular(
+def _root(
     function: TriangularMap,
     y: Tensor,
     solver: Solver,
     passes: int | None = None,
-    look: bool = True,
+    may_read: bool = True,
 ) -> Tensor:
-    """Inverts a triangular map by nilpotent iteration, recorded by autograd pass by pass."""
-    if function.substitute is not None and solver.method == "newton" and look:
+    """Inverts a triangular map, by forward substitution where that is faster than the iteration."""
+    if function.substitute is not None and solver.method == "newton" and may_read:
         x = function.substitute(y)
         if x is not None:
             return x
@@ -210,8 +211,8 @@ def solve_triangular(
         solver,
         "triangular",
         passes,
-        None if solver.method == "banach" else function.look_ahead(),
-        look,
+        None if solver.method == "banach" else function.finite_preconditioner(),
+        may_read,
     )
 
 
@@ -243,7 +244,7 @@ def invert_triangular(
     """
     phi = tuple(function.phi())
     if not readable(y, *phi):
-        return solve_triangular(function, y, solver, passes, look=False)
+        return _root(function, y, solver, passes, may_read=False)
     finite = None
     if not is_validation_enabled():  # what has passed unchecked shall not spoil the batch
         finite = _finite(y, function.event_dim)
@@ -253,7 +254,7 @@ def invert_triangular(
         x = _TriangularInverse.apply(_Problem(function, solver, passes), y, *wanted)
     else:
         with torch.no_grad():
-            x = solve_triangular(function, y, solver, passes)
+            x = _root(function, y, solver, passes)
     if autocasting(y):
         # Before some version of torch, weights that autocast has cast without a gradient stay so.
         torch.clear_autocast_cache()
@@ -292,7 +293,7 @@ class _Problem(NamedTuple):
         Its matrix is the Jacobian, or with ``transposed`` the transposed Jacobian.
         """
         event_dim = self.function.event_dim
-        matrix = self.function.look_ahead()
+        matrix = self.function.finite_preconditioner()
         if matrix is not None and transposed:
             matrix = matrix.mT
         # Tolerances are relative to 1, and the mean over a batch makes gradients small: each event
@@ -358,7 +359,7 @@ class _TriangularInverse(Function):
 
     @staticmethod
     def forward(ctx: Any, problem: _Problem, y: Tensor, *phi: Tensor) -> Tensor:
-        x = solve_triangular(problem.function, y, problem.solver, problem.passes)
+        x = _root(problem.function, y, problem.solver, problem.passes)
         ctx.problem = problem
         ctx.autocast = _autocast_state(y)
         ctx.save_for_backward(x, *phi)

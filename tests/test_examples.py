@@ -50,7 +50,13 @@ def test_demo(tmp_path):
         elbo, error = map(float, table[guide][-1].split(" ± "))
         assert error > 0
         assert elbo < evidence + 5 * error
-    for flow in ("SinusoidalFlow, autoregressive", "SinusoidalFlow, scale", "NSF", "MAF"):
+    for flow in (
+        "SinusoidalFlow, autoregressive",
+        "SinusoidalFlow, scale",
+        "SinusoidalFlow, shift",
+        "NSF",
+        "MAF",
+    ):
         assert len(table[flow]) == len(table["flow"]) == 3
         assert "nan" not in " ".join(table[flow])
 

@@ -175,7 +175,7 @@ def test_network_may_be_any_constructor():
         ("kernel_size", 4, "'kernel_size' should be odd, got 4."),
         ("kernel_size", 1, "'kernel_size' should be at least 3, got 1."),
         ("kernel_size", 3.0, "'kernel_size' should be an integer, got 3.0."),
-        ("dropout", 1.0, "'dropout' should lie strictly between -1e-09 and 1.0, got 1.0."),
+        ("dropout", 1.0, "'dropout' should be at least 0.0 and less than 1.0, got 1.0."),
         ("residual", 1, "'residual' should be True or False, got 1."),
     ],
 )

@@ -14,13 +14,13 @@ from pyro_sinflow import (
     ConditionalLDU,
     FastInverse,
     InversionWarning,
+    LazyTriangular,
     MaskedNetwork,
     SinusoidalFlow,
     fast_inverse,
     record_inversions,
     substitution,
 )
-from pyro_sinflow.conditioners import LazyTriangular
 from pyro_sinflow.substitution import Evaluation, Stages, substitute
 
 CASES = {

@@ -55,7 +55,6 @@ def test_stands_where_nsf_stands(options, features, context):
     for name, p in flow.named_parameters():
         assert p.grad is not None, name
         assert p.grad.isfinite().all(), name
-    assert x.shape == (3, *batch, *shape)
     assert "SinusoidalFlow(" in repr(flow)
 
 
@@ -99,8 +98,10 @@ def test_sinusoid_as_univariate(lazy):
     assert "SinusoidalTransform(components: 4" in repr(t)
     assert torch.allclose(t(c).inv(t(c)(x)), x, atol=1e-4)
     fast = fast_inverse(Flow([t], standard(3)))
-    with record_inversions():
+    with record_inversions() as records:
         assert torch.allclose(fast(c).transform.inv(t(c)(x)), x, atol=1e-4)
+    triangular = any(r.problem == "triangular" for r in records)
+    assert triangular == (lazy is MaskedAutoregressiveTransform)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -114,9 +115,6 @@ def test_state_dict_and_pickle(options):
     file.seek(0)
     torch.manual_seed(1)
     again = SinusoidalFlow(3, 2, **options)
-    if "randperm" in options:  # an order is not a weight, but is in the masks
-        again = copy.deepcopy(flow)
-        perturb(again)
     again.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(again(c).log_prob(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(flow))(c).log_prob(x), expected)
