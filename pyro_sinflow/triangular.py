@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 from torch.distributions import Transform
+from torch.overrides import TorchFunctionMode
 
 from ._checks import autocasting, check_instance, full_precision, readable
 from .inversion import InversionError, InversionWarning, Solver, missed, record
@@ -136,8 +137,7 @@ def _settle(
 
     event = tuple(range(-event_dim, 0))
     recent = 2 * (x.new_full((), torch.inf),)  # the largest changes of the last two passes
-    done = False
-    iteration = 0
+    new, done, iteration = x, False, 0
     while iteration < limit and not done:
         iteration += 1
         new = step(x)
@@ -166,7 +166,8 @@ def _settle(
     worst = change[inside].max()
     if not worst <= tolerance:
         message = missed(problem, worst, tolerance, limit)
-        if limit >= bound and not worst <= torch.finfo(x.dtype).eps ** 0.5:
+        exact = bound if preconditioner is None else 2 * bound
+        if limit >= exact and not worst <= torch.finfo(x.dtype).eps ** 0.5:
             raise InversionError(
                 f"{message} {limit} passes are exact for every triangular map: this one is not "
                 "triangular or not deterministic. Call '.eval()' if it has dropout."
@@ -256,7 +257,7 @@ def invert_triangular(
         with torch.no_grad():
             x = _root(function, y, solver, passes)
     if autocasting(y):
-        # Before some version of torch, weights that autocast has cast without a gradient stay so.
+        # In torch 2.4, weights that autocast has cast without a gradient stay so.
         torch.clear_autocast_cache()
     return x if finite is None else x.where(finite, torch.nan)
 
@@ -266,20 +267,21 @@ class _Problem(NamedTuple):
     solver: Solver
     passes: int | None
 
-    def check(self, phi: Sequence[Tensor]) -> None:
-        """Requires that the map still depends on the tensors that it was inverted with."""
-        # Not the tensors themselves: what hooks save, as for checkpoints, are copies of them.
-        with torch.enable_grad():  # before some version of torch, leaves have edges only then
-            now, then = (
-                [get_gradient_edge(p)[:2] for p in tensors if p.requires_grad]
-                for tensors in (self.function.phi(), phi)
-            )
-        if not all(edge in now for edge in then):
+    def find(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the tensors that the map depends on, given what has been saved of them.
+
+        Saved tensors may be copies, as hooks make for checkpoints, but have the same edges.
+        """
+        with torch.enable_grad():  # torch 2.4 gives leaves their edges only then
+            edges = {get_gradient_edge(p)[:2]: p for p in self.function.phi() if p.requires_grad}
+            found = [edges.get(get_gradient_edge(p)[:2]) for p in phi]
+        if any(p is None for p in found):
             raise RuntimeError(
                 "The gradient of an inverse evaluates the map once more, but its parameters have "
                 "been replaced since, as torch.func.functional_call does: differentiate while they "
                 "are in place, or use torch.func.grad."
             )
+        return [p for p in found if p is not None]
 
     def solve(
         self,
@@ -296,9 +298,11 @@ class _Problem(NamedTuple):
         matrix = self.function.finite_preconditioner()
         if matrix is not None and transposed:
             matrix = matrix.mT
-        # Tolerances are relative to 1, and the mean over a batch makes gradients small: each event
-        # is solved in units of its largest number. Where this is zero or not finite, so is v.
-        unit = g.abs().flatten(g.ndim - event_dim).amax(dim=-1)[(...,) + event_dim * (None,)]
+        # Tolerances are relative to 1, but the mean over a batch, and steep maps, make gradients
+        # small: each event is solved in units of the largest number of the first guess. Where this
+        # is zero or not finite, so is v.
+        guess = (g / diagonal).abs().flatten(g.ndim - event_dim)
+        unit = guess.amax(dim=-1)[(...,) + event_dim * (None,)]
         g = (g / unit).nan_to_num(0.0)
         # To round-off, whatever the user's tolerance for samples.
         v = _settle(
@@ -329,11 +333,61 @@ class _Gate(Function):
         return (gx if ctx.gate[0] else None), None
 
 
-def _split_jacobian(function: TriangularMap, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class _Aliases(TorchFunctionMode):
+    """Puts aliases in the place of tensors, in all calls of torch's functions.
+
+    The derivative with respect to an alias is the partial one. That with respect to the tensor
+    itself would run on to others, where one has been made of another, and through its hooks.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.tensors, self.aliases = tensors, aliases
+        self.known = {id(t): alias for t, alias in zip(tensors, aliases, strict=True)}
+
+    def _swap(self, arg: Any) -> Any:
+        if type(arg) in (list, tuple):
+            return type(arg)(map(self._swap, arg))
+        return self.known.get(id(arg), arg)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = {name: self._swap(arg) for name, arg in (kwargs or {}).items()}
+        return func(*self._swap(args), **kwargs)
+
+    def pull(
+        self, y: Tensor, others: Sequence[Tensor], v: Tensor, create_graph: bool = False
+    ) -> list[Tensor | None]:
+        """Returns the products of transposed Jacobians with v, those for others first."""
+
+        def products(inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+            # What y shares with others, such as the embedding of a context, is still needed.
+            return torch.autograd.grad(
+                y, inputs, v, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+
+        grads = [*products((*others, *self.aliases))]
+        # Scripted modules, for one, make no calls that can be seen: theirs are total derivatives.
+        unseen = [i for i, g in enumerate(grads[len(others) :]) if g is None]
+        if unseen:
+            for i, g in zip(unseen, products([self.tensors[i] for i in unseen]), strict=True):
+                grads[len(others) + i] = g
+        return grads
+
+
+def _detached(tensors: Sequence[Tensor]) -> _Aliases:
+    return _Aliases(tensors, [t.detach().requires_grad_() for t in tensors])
+
+
+def _split_jacobian(
+    function: TriangularMap, x: Tensor, aliases: _Aliases
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y as a function of a leaf that feeds the conditioner, that leaf, and the diagonal."""
     with torch.enable_grad():
         leaf, own = x.detach().requires_grad_(), x.detach().requires_grad_()
-        y = function.value(own, fixed=leaf)
+        with aliases:
+            y = function.value(own, fixed=leaf)
         (diagonal,) = torch.autograd.grad(y, own, torch.ones_like(y), retain_graph=True)
     return y, leaf, diagonal
 
@@ -348,9 +402,11 @@ def _pull(y: Tensor, leaf: Tensor, v: Tensor, create_graph: bool = False) -> Ten
     return product
 
 
-def _solve_adjoint(problem: _Problem, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _solve_adjoint(
+    problem: _Problem, x: Tensor, g: Tensor, aliases: _Aliases
+) -> tuple[Tensor, Tensor]:
     """Returns v, which solves J^T v = g for the Jacobian J at x, and the map's value at x."""
-    y, leaf, diagonal = _split_jacobian(problem.function, x)
+    y, leaf, diagonal = _split_jacobian(problem.function, x, aliases)
     return problem.solve(lambda v: _pull(y, leaf, v), diagonal, g, transposed=True), y
 
 
@@ -371,23 +427,23 @@ class _TriangularInverse(Function):
         x, *phi = ctx.saved_tensors
         if g is None:
             return (None, None, *[None for _ in phi])
-        ctx.problem.check(phi)
+        phi = ctx.problem.find(phi)
         create_graph = torch.is_grad_enabled()
         with torch.autocast(**ctx.autocast):
-            # For the gradient of phi, x is a constant, lest it run through this very node again;
-            # for the derivative of the result it is a variable.
+            # For the gradient of phi, x is a constant, lest it run through this very node again,
+            # and phi ends at its aliases; for the derivative of the result they are variables.
             gate = [False]
             if create_graph:
                 v = _TriangularAdjoint.apply(ctx.problem, ctx.autocast, g, x, *phi)
-                y = ctx.problem.function.value(_Gate.apply(x, gate))
+                aliases = _Aliases(phi, [_Gate.apply(p, gate) for p in phi])
+                with aliases:
+                    y = ctx.problem.function.value(_Gate.apply(x, gate))
             else:
-                v, y = _solve_adjoint(ctx.problem, x, g)
+                aliases = _detached(phi)
+                v, y = _solve_adjoint(ctx.problem, x, g, aliases)
             grads: Sequence[Tensor | None] = [None for _ in phi]
             if phi and y.requires_grad:
-                # What y shares with others, such as the embedding of a context, is still needed.
-                grads = torch.autograd.grad(
-                    y, phi, -v, retain_graph=True, create_graph=create_graph, allow_unused=True
-                )
+                grads = aliases.pull(y, (), -v, create_graph)
             gate[0] = True
         return None, v, *grads
 
@@ -399,7 +455,7 @@ class _TriangularAdjoint(Function):
     def forward(
         ctx: Any, problem: _Problem, autocast: dict[str, Any], g: Tensor, x: Tensor, *phi: Tensor
     ) -> Tensor:
-        v, _ = _solve_adjoint(problem, x, g)
+        v, _ = _solve_adjoint(problem, x, g, _detached(()))
         ctx.problem, ctx.autocast = problem, autocast
         ctx.save_for_backward(v, x, *phi)
         return v
@@ -408,23 +464,23 @@ class _TriangularAdjoint(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
         v, x, *phi = ctx.saved_tensors
-        ctx.problem.check(phi)
+        aliases = _detached(ctx.problem.find(phi))
         v = v.detach()  # an output of this very node, through which phi's gradient must not run
         function = ctx.problem.function
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             # J u = w. The product with J is the derivative, with respect to z, of J^T z.
-            y, leaf, diagonal = _split_jacobian(function, x)
+            y, leaf, diagonal = _split_jacobian(function, x, _detached(()))
             z = torch.zeros_like(v).requires_grad_()
             pulled = _pull(y, leaf, z, create_graph=True)
             u = ctx.problem.solve(lambda u: _pull(pulled, z, u), diagonal, w)
             # The remaining gradients are those of -<v, J(x) u>, at constant u and v.
             leaf = x.detach().requires_grad_()
-            (pulled,) = torch.autograd.grad(function.value(leaf), leaf, v, create_graph=True)
-            grads = (
-                torch.autograd.grad(pulled, (leaf, *phi), -u, allow_unused=True)
-                if pulled.requires_grad
-                else (None,) * (1 + len(phi))
-            )
+            with aliases:
+                y = function.value(leaf)
+            (pulled,) = torch.autograd.grad(y, leaf, v, create_graph=True)
+            grads: Sequence[Tensor | None] = [None for _ in (leaf, *phi)]
+            if pulled.requires_grad:
+                grads = aliases.pull(pulled, (leaf,), -u)
         return None, None, u, *grads
 
 

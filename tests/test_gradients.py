@@ -331,3 +331,77 @@ def test_vmap_over_parameters_of_an_inverse():
     together = torch.func.vmap(lambda *p: SinusoidalTransform(*p, solver=exact).inv(y))(*p)
     one_by_one = [SinusoidalTransform(*q, solver=exact).inv(y) for q in zip(*p, strict=True)]
     assert torch.allclose(together, torch.stack(one_by_one), atol=1e-10)
+
+
+def test_gradient_of_a_recurrent_context():
+    flow = perturb(SinusoidalFlow(2, 2, transforms=1, hidden_features=(4,), activation=nn.Tanh))
+    inputs = (*leaves((2, 3, 2)), *flow.parameters())
+
+    def f(z, *_):
+        c = torch.zeros(3, 2)
+        for step in z:  # each context depends on the parameters that it meets again
+            c = flow(c).transform.inv(step)
+        return c
+
+    assert gradcheck(f, inputs, fast_mode=True)
+    assert gradgradcheck(f, inputs, fast_mode=True)
+
+
+def test_gradient_where_one_tensor_depends_on_another():
+    a = torch.eye(3).roll(1, dims=0).tril()
+
+    def f(y, w):
+        phi = w, w * w
+        return TriangularTransform(
+            lambda x: zuko.transforms.AdditiveTransform(phi[0] * (x @ a.T) + phi[1]), phi
+        ).inv(y)
+
+    inputs = leaves((4, 3), ())
+    assert gradcheck(f, inputs)
+    assert gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hooks_of_parameters_run_once(create_graph):
+    flow = perturb(SinusoidalFlow(3, transforms=1, hidden_features=(4,)))
+    parameter = flow.transform.transforms[0].upper.network.bias
+    c = parameter.new_zeros(())
+    loss = flow().transform.inv(torch.ones(3) + c).square().sum()
+    (expected,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+    calls = []
+    parameter.register_hook(lambda g: calls.append(g) or 2 * g)
+    (gradient,) = torch.autograd.grad(loss, parameter, create_graph=create_graph)
+    assert len(calls) == 1
+    assert torch.allclose(gradient, 2 * expected)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, partial(torch.compile, backend="eager")])
+def test_gradient_of_a_conditioner_that_python_does_not_call(make):
+    linear = nn.Linear(3, 3)
+    linear.weight.data.tril_(-1)
+    made = make(linear)
+    y = torch.randn(4, 3)
+
+    def gradients(function):
+        t = TriangularTransform(
+            lambda x: zuko.transforms.AdditiveTransform(function(x.to(linear.weight.dtype))),
+            [*linear.parameters()],
+        )
+        return torch.autograd.grad(t.inv(y).square().sum(), [*linear.parameters()])
+
+    for g, expected in zip(gradients(made), gradients(linear), strict=True):
+        assert torch.allclose(g, expected)
+
+
+def test_gradient_of_a_steep_map():
+    scale = 1e7
+    weight = scale * torch.randn(20, 20).tril(-1) / 20
+
+    def gradient(dtype):
+        y = torch.ones(20, dtype=dtype, requires_grad=True)
+        t = TriangularTransform(
+            lambda x: torch.distributions.AffineTransform(x @ weight.T.to(dtype), scale)
+        )
+        return torch.autograd.grad(t.inv(y).sum(), y)[0].double()
+
+    assert torch.allclose(gradient(torch.float32), gradient(torch.float64), rtol=1e-4, atol=0)
