@@ -42,6 +42,15 @@ class _State(NamedTuple):
         return same and self.version is not None  # without one, it may have changed unnoticed
 
 
+class _Pair(NamedTuple):
+    """What the cache keeps. It is read and replaced as a whole, for the sake of threads."""
+
+    x: Tensor
+    y: Tensor
+    ladj: Tensor | None
+    key: tuple[Any, ...]
+
+
 def _attributes(transform: Transform) -> Iterator[Tensor]:
     """Yields the tensors among the public attributes of a transform."""
     return tensors_of([v for name, v in vars(transform).items() if not name.startswith("_")])
@@ -115,15 +124,17 @@ class Bijection(Transform):
         if self._cache_size == 0:
             self._check("x", x)
             return self._call(x)
-        if self._knows(x=x):
-            return self._cached_x_y[1]
+        pair = self._known(x=x)
+        if pair is not None:
+            return pair.y
         y, ladj = self.call_and_ladj(x)
         self._remember(x, y, ladj)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        if self._knows(y=y):
-            return self._cached_x_y[0]
+        pair = self._known(y=y)
+        if pair is not None:
+            return pair.x
         self._check("y", y)
         x = self._inverse(y)
         self._remember(x, y)
@@ -131,8 +142,9 @@ class Bijection(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the log absolute determinant of the Jacobian at x; y is used as a cache key."""
-        if self._knows(x=x, y=y) and self._cached_ladj is not None:
-            return self._cached_ladj
+        pair = self._known(x=x, y=y)
+        if pair is not None and pair.ladj is not None:
+            return pair.ladj
         self._check("y", y)
         _, ladj = self.call_and_ladj(x)
         check_broadcast(x=x.shape, y=y.shape)
@@ -170,33 +182,32 @@ class Bijection(Transform):
 
     def clear_cache(self) -> None:
         """Forgets the cached pair."""
-        self._cached_x_y: tuple[Any, Any] = (None, None)
-        self._cached_ladj: Tensor | None = None
-        self._cached_key: tuple[Any, ...] = ()
+        self._cached: _Pair | None = None
 
-    def _knows(self, x: Tensor | None = None, y: Tensor | None = None) -> bool:
-        """Whether x, y or both are the cached ones, and the pair what it would be if computed now.
+    def _known(self, x: Tensor | None = None, y: Tensor | None = None) -> _Pair | None:
+        """Returns the cached pair, if x, y or both are its own, and it would be the same anew.
 
-        If it is not, it is dropped.
+        If it would not, it is dropped.
         """
         # First of all: whatever the compiler sees becomes a guard of the user's compiled function.
         if torch.compiler.is_compiling():
-            return False
-        x_old, y_old = self._cached_x_y
-        if x_old is None:
-            return False
-        if (x is not None and x is not x_old) or (y is not None and y is not y_old):
-            return False
-        if self._cached_key == self._key():
-            return True
+            return None
+        pair = self._cached
+        if (
+            pair is None
+            or (x is not None and x is not pair.x)
+            or (y is not None and y is not pair.y)
+        ):
+            return None
+        if pair.key == self._key(pair.x, pair.y):
+            return pair
         self.clear_cache()
-        return False
+        return None
 
     def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | None = None) -> None:
         if self._cache_size == 0 or not lasting(x, y):
             return
-        self._cached_x_y, self._cached_ladj = (x, y), ladj
-        self._cached_key = self._key()
+        self._cached = _Pair(x, y, ladj, self._key(x, y))
         this = weakref.ref(self)
 
         def forget(_: Tensor) -> None:
@@ -212,21 +223,16 @@ class Bijection(Transform):
         """The tensors that the transform depends on, unless it is a module: its attributes."""
         return _attributes(self)
 
-    def _key(self) -> tuple[Any, ...]:
-        """Changes whenever the cached pair may no longer be what it would be if computed now."""
+    def _key(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        """Changes whenever a pair may no longer be what it would be if computed now."""
+        modules = self.modules() if isinstance(self, nn.Module) else ()
         return (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            getattr(self, "training", None),
-            *map(_State.of, (*self._cached_x_y, *tensors_of(self))),
+            *(module.training for module in modules),
+            *map(_State.of, (x, y, *tensors_of(self))),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither copies nor pickles carry the cache: tensors with a graph can be neither.
-        return {
-            **self.__dict__,
-            "_inv": None,
-            "_cached_x_y": (None, None),
-            "_cached_ladj": None,
-            "_cached_key": (),
-        }
+        return {**self.__dict__, "_inv": None, "_cached": None}

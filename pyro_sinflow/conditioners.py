@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import Transform, constraints
 from zuko.lazy import LazyTransform
 from zuko.nn import MLP
 from zuko.transforms import ComposedTransform, MonotonicAffineTransform
 from zuko.utils import unpack
 
+from ._bijection import Bijection
 from ._checks import broadcast, check_size, check_sizes
 from .inversion import Solver
 from .networks import MaskedNetwork, Shortcut, check_context
@@ -160,11 +161,71 @@ class ElementWiseModule(LazyTransform):
     def values(self, c: Tensor | None) -> list[Tensor]:
         """Returns the parameters, moved by the context."""
         values = [getattr(self, name) for name in self.names]
-        check_context(c, self.context, values[0].dtype)
-        if self.hyper is None:
+        if self.hyper is None or c is None:
             return values
-        moves = unpack(self.hyper(c).to(values[0].dtype), [v.shape for v in values])
+        dtype = values[0].dtype
+        moves = unpack(self.hyper(c.to(dtype)).to(dtype), [v.shape for v in values])
         return [v + m for v, m in zip(values, moves, strict=True)]
+
+    def build(self, c: Tensor | None) -> Transform:
+        """Returns the transformation with the parameters that the module has now."""
+        raise NotImplementedError
+
+    def forward(self, c: Tensor | None = None) -> ElementWise:
+        """Returns the transformation, given a context."""
+        check_context(c, self.context, getattr(self, self.names[0]).dtype)
+        return ElementWise(self, c)
+
+
+class ElementWise(Bijection):
+    """The transform of an :class:`ElementWiseModule`, which builds it anew for each use.
+
+    It thus follows the module's parameters, as those transforms do that call a network.
+    """
+
+    domain = constraints.real
+    codomain = constraints.real
+
+    def __init__(self, lazy: ElementWiseModule, c: Tensor | None) -> None:
+        super().__init__()
+
+        self.lazy = lazy
+        self.c = c
+
+    def now(self) -> Transform:
+        """Returns the transform with the parameters that the module has now."""
+        return self.lazy.build(self.c)
+
+    def _check(self, name: str, x: Any) -> None:
+        """Leaves it to what is built."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.now()(x)
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.now().call_and_ladj(x)  # type: ignore[attr-defined]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.now().inv(y)
+
+    def _tensors(self) -> Iterable[Tensor]:
+        return dependencies(self.lazy, self.c)
+
+    def forward_shape(self, shape: Size) -> Size:
+        """Infers the shape of the output."""
+        return self.now().forward_shape(shape)
+
+    def __repr__(self) -> str:
+        return repr(self.now())
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ElementWise)
+            and self.lazy is other.lazy
+            and (self.c is other.c or self.now() == other.now())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class LazyAffine(ElementWiseModule):
@@ -190,8 +251,8 @@ class LazyAffine(ElementWiseModule):
         parameters = {"loc": torch.zeros(features), "log_scale": torch.zeros(features)}
         super().__init__(parameters, context, hidden_features, activation)
 
-    def forward(self, c: Tensor | None = None) -> Transform:
-        """Returns the transformation, given a context."""
+    def build(self, c: Tensor | None) -> Transform:
+        """Returns the transformation with the parameters that the module has now."""
         loc, log_scale = self.values(c)
         return Affine(loc, log_scale + (_FASTER - 1) * self.log_scale)
 
@@ -237,6 +298,6 @@ class LazySinusoids(ElementWiseModule):
         self.slope = slope
         self.solver = solver
 
-    def forward(self, c: Tensor | None = None) -> Transform:
-        """Returns the transformation, given a context."""
+    def build(self, c: Tensor | None) -> Transform:
+        """Returns the transformation with the parameters that the module has now."""
         return SinusoidalChain(*self.values(c), slope=self.slope, solver=self.solver)

@@ -45,7 +45,8 @@ class Solver:
             iteration. ``"banach"`` is the paper's Algorithm 1, a fixed-point iteration for both. It
             converges linearly, at the rate :math:`|\alpha|`: use it for comparison.
         tolerance: The iteration stops once :math:`|f(x) - y| \leq` ``tolerance``
-            :math:`\cdot (1 + |x| + |y|)` holds everywhere; for triangular maps, once a pass changes
+            :math:`\cdot (1 + |x| + |y|)` holds everywhere, for each sinusoid of a chain by itself,
+            whose errors add up; for triangular maps, once a pass changes
             no feature by more than ``tolerance`` :math:`\cdot (1 + |x|)`. If :py:`None`, it aims at
             4 times the machine epsilon of the dtype, and answers for 32 times.
         max_iter: The largest number of iterations. If :py:`None`, 200 for ``"newton"`` and 100 for
@@ -91,7 +92,8 @@ class Inversion(NamedTuple):
         iterations: For a chain of sinusoids, the most that any element of any of them took. For a
             triangular map, the passes through its network; 1 where features are settled one after
             the other, by forward substitution.
-        elements: The size of the solution, batch included.
+        elements: The number of equations: the size of the solution, batch included, for each
+            sinusoid of a chain.
     """
 
     problem: str
@@ -99,7 +101,8 @@ class Inversion(NamedTuple):
     elements: int
 
 
-_trace: ContextVar[list[Inversion] | None] = ContextVar("inversions", default=None)
+# The lists of all contexts, one inside of the other.
+_trace: ContextVar[tuple[list[Inversion], ...]] = ContextVar("inversions", default=())
 
 
 @contextmanager
@@ -118,7 +121,7 @@ def record_inversions() -> Iterator[list[Inversion]]:
         [Inversion(problem='sinusoid', iterations=..., elements=7)]
     """
     records: list[Inversion] = []
-    token = _trace.set(records)
+    token = _trace.set((*_trace.get(), records))
     try:
         yield records
     finally:
@@ -126,11 +129,10 @@ def record_inversions() -> Iterator[list[Inversion]]:
 
 
 def record(problem: str, iterations: int, elements: int) -> None:
-    """Adds a run of a solver to the records, if there are any."""
+    """Adds a run of a solver to all records that are open."""
     if torch.compiler.is_compiling():
         return
-    records = _trace.get()
-    if records is not None:
+    for records in _trace.get():
         records.append(Inversion(problem, iterations, elements))
 
 
@@ -207,12 +209,13 @@ def report(roots: Sequence[Root], solver: Solver) -> None:
     """
     iterations = max((root.iterations for root in roots), default=0)
     record("sinusoid", iterations, sum(root.x.numel() for root in roots))
-    for x, _, error in roots:
-        _, tolerance = solver.tolerances(x.dtype)
-        if readable(x, error) and not error <= tolerance:
-            message = missed("sinusoid", error, tolerance, iterations)
-            warnings.warn(message, InversionWarning, stacklevel=2)
-            return
+    if not roots or not all(readable(root.x, root.error) for root in roots):
+        return
+    _, tolerance = solver.tolerances(roots[0].x.dtype)
+    worst = torch.stack([root.error for root in roots]).max()  # NaN, if one is
+    if not worst <= tolerance:
+        message = missed("sinusoid", worst, tolerance, iterations)
+        warnings.warn(message, InversionWarning, stacklevel=2)
 
 
 def _banach(function: Increasing, y: Tensor, x: Tensor, solver: Solver) -> Root:

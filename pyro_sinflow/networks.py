@@ -401,7 +401,7 @@ class PixelCNN(nn.Module):
             h = h.flip(1, 2, 3)
         h = self.first(h)
         if c is not None:
-            h = h + self.inject(c.reshape(-1, self.context))[..., None, None]
+            h = h + self.inject(c.reshape(-1, self.context).to(self.bias.dtype))[..., None, None]
         h = self.rest(h).unflatten(1, (-1, self.outputs)).movedim(2, -1)
         if self.mirrored:
             h = h.flip(1, 2, 3)

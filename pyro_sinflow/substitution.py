@@ -181,7 +181,9 @@ class Stages:
                 if following is None:
                     stage = level.repeat_interleave(outputs)
                 elif isinstance(following, _Skip) and not following.begins:
-                    stage = skipped.pop()  # sorted like what they are added to
+                    branch, stage = stage, skipped.pop()  # sorted like what they are added to
+                    if (branch > stage).any():
+                        raise NotImplementedError("A residual branch sees more than it adds to.")
                 ins, units = units, _Units.sort(stage, count)
                 self.units.append((ins, units))
             elif isinstance(operation, _Skip) and operation.begins:

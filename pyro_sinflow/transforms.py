@@ -15,7 +15,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ._bijection import Bijection, at_least_float32, sum_last
+from ._bijection import Bijection, at_least_float32, sum_last, tensors_of
 from ._checks import (
     broadcast,
     check_broadcast,
@@ -324,7 +324,7 @@ class TriangularTransform(Bijection):
         return tuple(self._phi())
 
     def _tensors(self) -> Iterable[Tensor]:
-        return self.phi
+        return *self.phi, *tensors_of(self.conditioner)  # a module's buffers among them
 
     def _map(self) -> TriangularMap:
         # Apart from self: the graph of an inverse keeps it, and must not keep a cached pair.

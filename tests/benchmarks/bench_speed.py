@@ -240,7 +240,7 @@ def algorithm_1(flow, y):
         y = affine.inv(y)
         for block in reversed(blocks):
             y = solve(block.lower, y)
-            tensors = block.diagonal._tensors()
+            tensors = block.diagonal.now()._tensors()
             for m in reversed(range(SINUSOIDS)):
                 one = [t.narrow(1, m, 1) for t in tensors]
                 y = solve(lambda x, one=one: naive_chain(x, *one)[0], y)
