@@ -50,6 +50,14 @@ def has_duals() -> bool:
     return forward_ad._current_level >= 0
 
 
+def forward_levels() -> int:
+    """How many transforms of ``torch.func`` that differentiate forward are under way."""
+    if not torch._C._are_functorch_transforms_active():
+        return 0
+    forward = torch._C._functorch.TransformType.Jvp
+    return sum(i.key() == forward for i in torch._C._functorch.get_interpreter_stack() or ())
+
+
 def version(tensor: Tensor) -> int | None:
     """Returns what changes when a tensor does; tensors of inference mode do not tell."""
     return None if tensor.is_inference() else tensor._version

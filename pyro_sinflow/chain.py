@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._checks import has_duals, readable
+from ._checks import forward_levels, has_duals, readable
 from .compilation import compiling_kernels, kernel
 from .inversion import Root, Solver, attempt, report, solve_bracketed
 from .sinusoid import (
@@ -108,9 +108,11 @@ class _Forward(Function):
         return tuple(_unfold(o, info.batch_size) for o in output), (0,) * len(output)
 
 
-def _pick(parameters: Sequence[Tensor], where: tuple[Tensor, ...], own: bool) -> tuple[Tensor, ...]:
+def _pick(parameters: Sequence[Tensor], where: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Returns the parameters of some numbers, given their indices, as those of a single row."""
-    rows, columns = where if own else (where[0], torch.zeros_like(where[0]))
+    rows, columns = where
+    if parameters[0].shape[-1] == 1:  # the numbers of a row share them
+        columns = torch.zeros_like(columns)
     return tuple(p[..., rows, columns].unsqueeze(-2) for p in parameters)
 
 
@@ -137,7 +139,7 @@ class _Equation:
     def take(self, where: tuple[Tensor, ...]) -> _Equation:
         """Returns the equations of some elements, as a single row."""
         parameters = (*self.sinusoid[:4], self.amplitude)
-        a, c, s, d, amplitude = _pick(parameters, where, own=self.sinusoid.linear is None)
+        a, c, s, d, amplitude = _pick(parameters, where)
         return _Equation(Sinusoid(a, c, s, d), amplitude, allocate(d, a))
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +193,7 @@ def _solve_by_kernel(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
     rest = (~arrived).nonzero(as_tuple=True)
     if len(rest[0]) == 0:
         return [Root(x, steps, y.new_zeros(())) for x in likely]
-    part = Chain(*_pick(chain, rest, own))
+    part = Chain(*_pick(chain, rest))
     return [
         Root(x.index_put(rest, root.x.squeeze(0)), steps + root.iterations, root.error)
         for x, root in zip(likely, _solve_each(solver, y[rest].unsqueeze(0), part), strict=True)
@@ -268,8 +270,8 @@ def evaluate(x: Tensor, chain: Chain) -> tuple[Tensor, Tensor]:
         chain: The parameters, with batch shape :math:`(*)`; they broadcast.
     """
     x, chain, shape = align(x, chain)
-    # The compiler knows no jvp, and fuses what autograd records.
-    if torch.compiler.is_compiling():
+    # The compiler knows no jvp, and fuses what autograd records. Of a jvp, torch takes no other.
+    if torch.compiler.is_compiling() or forward_levels() > 1:
         function = evaluate_rows
     else:
         function = _Forward.forward if _unrecorded(x, *chain) else _Forward.apply
@@ -286,13 +288,16 @@ def invert(y: Tensor, chain: Chain, solver: Solver) -> Tensor:
         solver: Method, tolerance and number of iterations.
     """
     y, chain, shape = align(y, chain)
-    if not torch.compiler.is_compiling():
+    nested = forward_levels() > 1
+    if not torch.compiler.is_compiling() and not nested:
         function = _Inverse.forward if _unrecorded(y, *chain) else _Inverse.apply
         return restore(function(solver, y, *chain), shape)
     roots = _solve(solver, y.detach(), Chain(*(p.detach() for p in chain)))
     x = roots[-1].x
-    if torch.is_grad_enabled():
-        # A step of Newton's method, whose derivative is that of the root.
+    # A step of Newton's method, whose derivative is that of the root. After two, so are the second
+    # and the third.
+    for _ in range(2 if nested else torch.is_grad_enabled()):
         value, ladj, *_ = evaluate_rows(x, *chain)
-        x = x - (value - y) * (-ladj).exp().detach()
+        step = (-ladj).exp()
+        x = x - (value - y) * (step if nested else step.detach())
     return restore(x, shape)

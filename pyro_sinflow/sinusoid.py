@@ -37,6 +37,8 @@ from torch import Size, Tensor
 from ._checks import broadcast, full_precision, has_duals
 from .compilation import kernel, sums_are_fast
 
+_FEW = 32  # components, for which matrix products, which add one after the other, lose no digits
+
 
 class Chain(NamedTuple):
     """The parameters of a chain of M sinusoids."""
@@ -217,7 +219,7 @@ def sinusoids(chain: Chain, own: bool, bend: bool = False) -> list[Sinusoid]:
     """
     a, c, s, d = chain
     each = [*map(Sinusoid, a.unbind(1), c.unbind(1), s.unbind(1), d.unbind(0))]
-    if own:
+    if own or len(a) > _FEW:
         return each
     value = torch.cat((c / a, s / a, d.unsqueeze(0)))
     slope = torch.cat((s + s, -2 * c, 1 + c.sum(dim=0, keepdim=True)))
@@ -286,7 +288,7 @@ def pull(
     if gl is not None:
         g_slope = gl / slope
         bent = _bend(a, c, s)
-        if own or sums_are_fast():
+        if own or sums_are_fast() or k > _FEW:
             bent = (bent[:-1] * features).sum(dim=0) + bent[-1]
         else:
             bent = _apply(bent.permute(1, 2, 0), features)

@@ -405,3 +405,20 @@ def test_gradient_of_a_steep_map():
         return torch.autograd.grad(t.inv(y).sum(), y)[0].double()
 
     assert torch.allclose(gradient(torch.float32), gradient(torch.float64), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("conditioner", ["independent", "autoregressive"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_forward_over_forward(conditioner, direction):
+    options = {"conditioner": conditioner, "hidden_features": (4,), "activation": nn.Tanh}
+    flow = perturb(SinusoidalFlow(2, transforms=1, **options)).requires_grad_(False)
+
+    def f(x):
+        t = flow().transform if direction == "forward" else flow().transform.inv
+        y, ladj = t.call_and_ladj(x)
+        return y.square().sum() + ladj
+
+    x = torch.randn(2)
+    expected = torch.func.jacrev(torch.func.jacrev(f))(x)
+    assert torch.allclose(torch.func.jacfwd(torch.func.jacfwd(f))(x), expected)
+    assert torch.allclose(torch.func.hessian(f)(x), expected)

@@ -2,7 +2,9 @@
 
 import gc
 import io
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pyro
@@ -18,6 +20,7 @@ from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
+from torch import nn
 from torch.distributions import AffineTransform, ComposeTransform
 from zuko.transforms import AdditiveTransform
 
@@ -25,6 +28,7 @@ from pyro_sinflow import (
     LDU,
     ConditionalLDU,
     LDUTransform,
+    MaskedNetwork,
     Sinusoidal,
     SinusoidalFlow,
     SinusoidalTransform,
@@ -228,6 +232,59 @@ def test_a_trajectory_that_diverges_is_rejected():
     mcmc = MCMC(HMC(model, num_steps=8), 20, 20, initial_params=start, disable_progbar=True)
     mcmc.run()
     assert (mcmc.get_samples()["z"][:, 0] > 0).all()
+
+
+def test_threads_share_a_cache():
+    t = perturb(LDU(3))
+    inputs = torch.randn(4, 3).unbind()
+    expected = [t.with_cache(0).call_and_ladj(x) for x in inputs]
+
+    @torch.no_grad()
+    def wrong(i):
+        count = 0
+        for _ in range(200):
+            y = t(inputs[i])
+            ladj = t.log_abs_det_jacobian(inputs[i], y)
+            count += not all(map(torch.allclose, (y, ladj), expected[i]))
+            count += not torch.equal(t.inv(y), inputs[i]) and not torch.allclose(
+                t.inv(y), inputs[i], atol=1e-5
+            )
+        return count
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert sum(pool.map(wrong, range(4))) == 0
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_the_cache_sees_buffers_and_modes():
+    x = torch.randn(64, 3)
+    module = MaskedNetwork(3, hidden_features=(64,), dropout=0.5)
+    module.register_buffer("factor", torch.ones(()))
+    with torch.no_grad():
+        module.set_bias(torch.ones(3, 1))
+    t = TriangularTransform(Conditioner(module), cache_size=1)
+    before = t(x)
+    module.factor.mul_(2.0)
+    assert not torch.equal(t(x), before)
+    block = perturb(LDU(3, dropout=0.5))
+    before = block(x)
+    block.block.eval()
+    assert not torch.equal(block(x), before)
+
+
+class Conditioner(nn.Module):
+    """Shifts by what a network returns, times its buffer."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return AdditiveTransform(self.network.factor * self.network(x).squeeze(-1))
 
 
 def test_samples_drawn_without_a_graph_are_scored_with_one():

@@ -1,6 +1,7 @@
 """SinusoidalTransform: its contract, its inverse at every extreme, and its formula."""
 
 import copy
+import math
 import pickle
 
 import hypothesis.strategies as st
@@ -266,3 +267,13 @@ def test_backward_keeps_two_tensors_for_each_sinusoid():
     assert m * x.nbytes <= sum(of_data) <= 2 * m * x.nbytes
     assert y.requires_grad
     assert ladj.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_components_lose_no_digits(dtype):
+    w, one = torch.zeros(1000, dtype=dtype), torch.ones((), dtype=dtype)
+    t = SinusoidalTransform(w, w, w, -30 * one, 0 * one, slope=1e-9)
+    x = torch.arange(-5, 6, dtype=dtype) * math.pi / 2 / math.log(2)  # where the slope is least
+    assert t.log_abs_det_jacobian(x, x).isfinite().all()
+    error = (t(t.inv(x)) - x).abs() / (1 + x.abs())
+    assert error.max() < 32 * torch.finfo(dtype).eps

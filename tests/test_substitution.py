@@ -260,3 +260,16 @@ def test_skips_carry_what_masks_do_not(calls):
         y = torch.randn(20, 6)
         assert residual(t, t.inv(y), y) <= 1e-6
     assert len(calls) == 1
+
+
+def test_residual_branches_that_see_more_are_left_to_passes():
+    network = MaskedNetwork((3,), outputs=1, hidden_features=(8, 8), residual=True)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+    network.network[0].mask[5:] = 0.0  # a map as triangular as before
+    t = LazyTriangular(network, 3, zuko.transforms.AdditiveTransform, [()])()
+    y = torch.randn(400, 3)
+    with pytest.raises(NotImplementedError, match="residual branch"):
+        Stages(network.network, 3)
+    assert torch.allclose(t(t.inv(y)), y, atol=1e-4)

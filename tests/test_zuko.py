@@ -178,3 +178,35 @@ def test_zuko_transforms_compose_with_a_module():
     y, ladj = t.call_and_ladj(x)
     assert ladj.shape == (5,)
     assert torch.allclose(t.inv(y), x, atol=1e-4)
+
+
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_distribution_follows_its_flow(options, context):
+    flow = perturb(SinusoidalFlow(3, context, **options), 0.05)
+    c, x = (torch.randn(2) if context else None), torch.randn(5, 3)
+    with torch.no_grad():
+        d = flow(c)
+    for _ in range(2):  # each use has a graph of its own
+        d.log_prob(x).mean().backward()
+    assert all(p.grad is not None for p in flow.parameters())
+    before = d.log_prob(x)
+    perturb(flow)
+    assert torch.equal(d.log_prob(x), flow(c).log_prob(x))
+    assert not torch.equal(d.log_prob(x), before)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_contexts_of_half_precision(options):
+    flow = perturb(SinusoidalFlow(3, 2, **options), 0.05)
+    c, x = torch.randn(5, 2).half(), torch.randn(5, 3)
+    assert torch.allclose(flow(c).log_prob(x), flow(c.float()).log_prob(x))
+
+
+def test_records_inside_of_records():
+    flow = SinusoidalFlow(3, transforms=1)
+    with record_inversions() as outer:
+        flow().sample((2,))
+        with record_inversions() as inner:
+            flow().sample((2,))
+    assert len(outer) == 2 * len(inner) > 0
