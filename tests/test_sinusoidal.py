@@ -271,8 +271,8 @@ def test_backward_keeps_two_tensors_for_each_sinusoid():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_many_components_lose_no_digits(dtype):
-    w, one = torch.zeros(1000, dtype=dtype), torch.ones((), dtype=dtype)
-    t = SinusoidalTransform(w, w, w, -30 * one, 0 * one, slope=1e-9)
+    w, one = torch.zeros(128, dtype=dtype), torch.ones((), dtype=dtype)
+    t = SinusoidalTransform(w, w, w, -30 * one, 0 * one, slope=1e-15)
     x = torch.arange(-5, 6, dtype=dtype) * math.pi / 2 / math.log(2)  # where the slope is least
     assert t.log_abs_det_jacobian(x, x).isfinite().all()
     error = (t(t.inv(x)) - x).abs() / (1 + x.abs())
