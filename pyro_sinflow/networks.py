@@ -339,7 +339,10 @@ class PixelCNN(nn.Module):
         rank = check_order(order, self.features).tolist()
         self.mirrored = rank != sorted(rank)
         if self.mirrored and rank != sorted(rank, reverse=True):
-            raise ValueError(f"'order' should be ascending or descending, got {order}.")
+            raise ValueError(
+                "'order' should be ascending or descending for a PixelCNN, without 'randperm', got "
+                f"{', '.join(map(str, rank[:4]))}, ..."
+            )
         activate = check_activation(activation, dropout)
 
         def convolve(before: Tensor, after: Tensor, bias: bool = True) -> MaskedConv2d:
