@@ -135,7 +135,7 @@ class LazyTriangular(LazyTransform):
         )
 
 
-class ElementWiseModule(LazyTransform):
+class LazyElementWise(LazyTransform):
     """A lazy element-wise transformation with free parameters that a context may move."""
 
     def __init__(
@@ -178,7 +178,7 @@ class ElementWiseModule(LazyTransform):
 
 
 class ElementWise(Bijection):
-    """The transform of an :class:`ElementWiseModule`, which builds it anew for each use.
+    """The transform of an :class:`LazyElementWise`, which builds it anew for each use.
 
     It thus follows the module's parameters, as those transforms do that call a network.
     """
@@ -186,7 +186,7 @@ class ElementWise(Bijection):
     domain = constraints.real
     codomain = constraints.real
 
-    def __init__(self, lazy: ElementWiseModule, c: Tensor | None) -> None:
+    def __init__(self, lazy: LazyElementWise, c: Tensor | None) -> None:
         super().__init__()
 
         self.lazy = lazy
@@ -228,7 +228,7 @@ class ElementWise(Bijection):
     __hash__ = None  # type: ignore[assignment]
 
 
-class LazyAffine(ElementWiseModule):
+class LazyAffine(LazyElementWise):
     r"""Creates a lazy element-wise affine transformation, the identity at first.
 
     Its free log-scale counts ten times. An optimiser that moves each parameter by about the
@@ -257,7 +257,7 @@ class LazyAffine(ElementWiseModule):
         return Affine(loc, log_scale + (_FASTER - 1) * self.log_scale)
 
 
-class LazySinusoids(ElementWiseModule):
+class LazySinusoids(LazyElementWise):
     r"""Creates a lazy chain of element-wise sinusoids, the identity at first.
 
     Args:

@@ -29,9 +29,10 @@ from ._checks import (
     readable,
 )
 from .chain import evaluate, invert
+from .implicit import invert_triangular
 from .inversion import Solver
 from .sinusoid import Chain, constrain
-from .triangular import TriangularMap, invert_triangular
+from .triangular import TriangularMap
 
 
 class SinusoidalTransform(Bijection):
