@@ -326,3 +326,20 @@ def test_diagonal_may_be_any_element_wise_transform():
     x = torch.randn(6, 3)
     assert torch.allclose(t.inv(t(x)), x, atol=1e-4)
     assert t.call_and_ladj(x)[1].shape == (6,)
+
+
+def test_as_many_iterations_as_features_are_no_proof_with_a_preconditioner():
+    weight = (50 / 60**0.5 * torch.randn(60, 60)).tril(-1)
+    one = torch.eye(60)
+    t = TriangularTransform(
+        lambda x: zuko.transforms.AdditiveTransform((x @ weight.T).sin()),
+        preconditioner=lambda: torch.linalg.inv(one + weight) - one,
+        solver=Solver(max_iter=60),
+    )
+    with pytest.warns(InversionWarning, match="stopped after 60 iterations"):
+        t.inv(torch.randn(8, 60))
+
+
+def test_events_without_features_under_vmap():
+    t = TriangularTransform(zuko.transforms.AdditiveTransform)
+    assert torch.func.vmap(t.inv)(torch.zeros(4, 0)).shape == (4, 0)

@@ -210,3 +210,18 @@ def test_records_inside_of_records():
         with record_inversions() as inner:
             flow().sample((2,))
     assert len(outer) == 2 * len(inner) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": True}, "'scale' is an option of the independent conditioner"),
+        ({"context_diagonal": True}, "'context_diagonal' is an option of the independent"),
+        ({"network": lambda *args, **kwargs: nn.Identity()}, "'set_bias'.*got Identity"),
+        ({"residual": "no"}, "'residual' should be True or False, got 'no'"),
+        ({"dropout": -0.1}, "'dropout' should be at least 0.0 and less than 1.0, got -0.1"),
+    ],
+)
+def test_options_of_the_autoregressive_conditioner(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        SinusoidalFlow(3, conditioner="autoregressive", **options)
