@@ -51,28 +51,29 @@ class _Pair(NamedTuple):
     key: tuple[Any, ...]
 
 
-def _attributes(transform: Transform) -> Iterator[Tensor]:
-    """Yields the tensors among the public attributes of a transform."""
-    return tensors_of([v for name, v in vars(transform).items() if not name.startswith("_")])
+def _attributes(transform: Transform) -> Iterator[Tensor | bool]:
+    """Yields what the public attributes of a transform depend on."""
+    return dependencies_of([v for name, v in vars(transform).items() if not name.startswith("_")])
 
 
-def tensors_of(part: Any) -> Iterator[Tensor]:
-    """Yields the tensors that a transform, or a collection of transforms, depends on."""
+def dependencies_of(part: Any) -> Iterator[Tensor | bool]:
+    """Yields what a transform, or a collection of them, depends on: tensors and modules' modes."""
     if isinstance(part, Tensor):
         yield part
     elif isinstance(part, nn.Module):
-        for module in part.modules():  # one walk, not one for parameters and one for buffers
+        for module in part.modules():  # one walk, not one for each kind
+            yield module.training
             owned = (*module._parameters.values(), *module._buffers.values())
             yield from (tensor for tensor in owned if tensor is not None)
     elif isinstance(part, Bijection):
-        yield from part._tensors()
+        yield from part._dependencies()
     elif isinstance(part, _InverseTransform):
-        yield from tensors_of(part._inv)
+        yield from dependencies_of(part._inv)
     elif isinstance(part, Transform):
         yield from _attributes(part)
     elif isinstance(part, list | tuple):
         for item in part:
-            yield from tensors_of(item)
+            yield from dependencies_of(item)
 
 
 class Bijection(Transform):
@@ -219,18 +220,17 @@ class Bijection(Transform):
             if tensor is not None and tensor.grad_fn is not None:
                 tensor.register_hook(forget)
 
-    def _tensors(self) -> Iterable[Tensor]:
-        """The tensors that the transform depends on, unless it is a module: its attributes."""
+    def _dependencies(self) -> Iterable[Tensor | bool]:
+        """What the transform depends on, unless it is a module: its attributes."""
         return _attributes(self)
 
     def _key(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
         """Changes whenever a pair may no longer be what it would be if computed now."""
-        modules = self.modules() if isinstance(self, nn.Module) else ()
+        parts = (x, y, *dependencies_of(self))
         return (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            *(module.training for module in modules),
-            *map(_State.of, (x, y, *tensors_of(self))),
+            *(_State.of(part) if isinstance(part, Tensor) else part for part in parts),
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .sinusoid import (
     Sinusoid,
     align,
     allocate,
+    by_sums,
     evaluate_rows,
     has_own,
     pull,
@@ -159,11 +160,11 @@ class _Equation:
         )
 
 
-def _equations(y: Tensor, chain: Chain, own: bool) -> Iterator[_Equation]:
+def _equations(y: Tensor, chain: Chain) -> Iterator[_Equation]:
     """Yields the sinusoids of a chain, the last first."""
     amplitude = torch.hypot(chain.c, chain.s) * (1 + 4 * torch.finfo(y.dtype).eps)
     space = allocate(y, chain.a)
-    for m, sinusoid in reversed([*enumerate(sinusoids(chain, own, bend=True))]):
+    for m, sinusoid in reversed([*enumerate(sinusoids(chain, by_sums(y, chain.a), bend=True))]):
         yield _Equation(sinusoid, amplitude[:, m], space)
 
 
@@ -175,7 +176,7 @@ def _attempt(y: Tensor, chain: Chain, solver: Solver, steps: int) -> tuple[list[
         The likely roots, the last sinusoid's first, and which numbers have arrived at all of them.
     """
     roots, arrived = [y], torch.ones_like(y, dtype=torch.bool)
-    for equation in _equations(y, chain, own=True):  # compiled, sums are fast for shared ones too
+    for equation in _equations(y, chain):
         y = roots[-1]
         x, there = attempt(equation, y, y - equation.sinusoid.d, solver, steps)
         roots.append(x)
@@ -203,7 +204,7 @@ def _solve_by_kernel(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
 def _solve_each(solver: Solver, y: Tensor, chain: Chain) -> list[Root]:
     """Inverts the sinusoids of a chain one after the other."""
     roots = [Root(y, 0, y)]
-    for equation in _equations(y, chain, has_own(y, chain.a)):
+    for equation in _equations(y, chain):
         y = roots[-1].x
         roots.append(solve_bracketed(equation, y, y - equation.sinusoid.d, solver))
     return roots[1:]
@@ -270,7 +271,7 @@ def evaluate(x: Tensor, chain: Chain) -> tuple[Tensor, Tensor]:
         chain: The parameters, with batch shape :math:`(*)`; they broadcast.
     """
     x, chain, shape = align(x, chain)
-    # The compiler knows no jvp, and fuses what autograd records. Of a jvp, torch takes no other.
+    # The compiler knows no jvp, and fuses what autograd records; and torch takes no jvp of a jvp.
     if torch.compiler.is_compiling() or forward_levels() > 1:
         function = evaluate_rows
     else:

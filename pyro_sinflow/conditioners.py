@@ -15,7 +15,7 @@ from zuko.nn import MLP
 from zuko.transforms import ComposedTransform, MonotonicAffineTransform
 from zuko.utils import unpack
 
-from ._bijection import Bijection
+from ._bijection import Bijection, dependencies_of
 from ._checks import broadcast, check_size, check_sizes
 from .inversion import Solver
 from .networks import MaskedNetwork, Shortcut, check_context
@@ -178,7 +178,7 @@ class LazyElementWise(LazyTransform):
 
 
 class ElementWise(Bijection):
-    """The transform of an :class:`LazyElementWise`, which builds it anew for each use.
+    """The transform of a :class:`LazyElementWise`, which builds it anew for each use.
 
     It thus follows the module's parameters, as those transforms do that call a network.
     """
@@ -208,8 +208,8 @@ class ElementWise(Bijection):
     def _inverse(self, y: Tensor) -> Tensor:
         return self.now().inv(y)
 
-    def _tensors(self) -> Iterable[Tensor]:
-        return dependencies(self.lazy, self.c)
+    def _dependencies(self) -> Iterable[Tensor | bool]:
+        return dependencies_of((self.lazy, self.c))
 
     def forward_shape(self, shape: Size) -> Size:
         """Infers the shape of the output."""

@@ -9,6 +9,7 @@ memory does not depend on the number of passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -80,14 +81,14 @@ class _Problem(NamedTuple):
         """
         with torch.enable_grad():  # torch 2.4 gives leaves their edges only then
             edges = {get_gradient_edge(p)[:2]: p for p in self.function.phi() if p.requires_grad}
-            found = [edges.get(get_gradient_edge(p)[:2]) for p in phi]
-        if any(p is None for p in found):
-            raise RuntimeError(
-                "The gradient of an inverse evaluates the map once more, but its parameters have "
-                "been replaced since, as torch.func.functional_call does: differentiate while they "
-                "are in place, or use torch.func.grad."
-            )
-        return [p for p in found if p is not None]
+            try:
+                return [edges[get_gradient_edge(p)[:2]] for p in phi]
+            except KeyError:
+                raise RuntimeError(
+                    "The gradient of an inverse evaluates the map once more, but its parameters "
+                    "have been replaced since, as torch.func.functional_call does: differentiate "
+                    "while they are in place, or use torch.func.grad."
+                ) from None
 
     def solve(
         self,
@@ -187,7 +188,7 @@ def _detached(tensors: Sequence[Tensor]) -> _Aliases:
 
 
 def _split_jacobian(
-    function: TriangularMap, x: Tensor, aliases: _Aliases
+    function: TriangularMap, x: Tensor, aliases: AbstractContextManager[Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y as a function of a leaf that feeds the conditioner, that leaf, and the diagonal."""
     with torch.enable_grad():
@@ -209,7 +210,10 @@ def _pull(y: Tensor, leaf: Tensor, v: Tensor, create_graph: bool = False) -> Ten
 
 
 def _solve_adjoint(
-    problem: _Problem, x: Tensor, g: Tensor, aliases: _Aliases
+    problem: _Problem,
+    x: Tensor,
+    g: Tensor,
+    aliases: AbstractContextManager[Any],
 ) -> tuple[Tensor, Tensor]:
     """Returns v, which solves J^T v = g for the Jacobian J at x, and the map's value at x."""
     y, leaf, diagonal = _split_jacobian(problem.function, x, aliases)
@@ -261,7 +265,7 @@ class _TriangularAdjoint(Function):
     def forward(
         ctx: Any, problem: _Problem, autocast: dict[str, Any], g: Tensor, x: Tensor, *phi: Tensor
     ) -> Tensor:
-        v, _ = _solve_adjoint(problem, x, g, _detached(()))
+        v, _ = _solve_adjoint(problem, x, g, nullcontext())
         ctx.problem, ctx.autocast = problem, autocast
         ctx.save_for_backward(v, x, *phi)
         return v
@@ -275,7 +279,7 @@ class _TriangularAdjoint(Function):
         function = ctx.problem.function
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             # J u = w. The product with J is the derivative, with respect to z, of J^T z.
-            y, leaf, diagonal = _split_jacobian(function, x, _detached(()))
+            y, leaf, diagonal = _split_jacobian(function, x, nullcontext())
             z = torch.zeros_like(v).requires_grad_()
             pulled = _pull(y, leaf, z, create_graph=True)
             u = ctx.problem.solve(lambda u: _pull(pulled, z, u), diagonal, w)

@@ -46,9 +46,9 @@ class Solver:
             converges linearly, at the rate :math:`|\alpha|`: use it for comparison.
         tolerance: The iteration stops once :math:`|f(x) - y| \leq` ``tolerance``
             :math:`\cdot (1 + |x| + |y|)` holds everywhere, for each sinusoid of a chain by itself,
-            whose errors add up; for triangular maps, once a pass changes
-            no feature by more than ``tolerance`` :math:`\cdot (1 + |x|)`. If :py:`None`, it aims at
-            4 times the machine epsilon of the dtype, and answers for 32 times.
+            whose errors add up; for triangular maps, once a pass changes no feature by more than
+            ``tolerance`` :math:`\cdot (1 + |x|)`. If :py:`None`, it aims at 4 times the machine
+            epsilon of the dtype, and answers for 32 times.
         max_iter: The largest number of iterations. If :py:`None`, 200 for ``"newton"`` and 100 for
             ``"banach"``, while a nilpotent iteration takes at most one pass per feature, or two
             where it begins with a preconditioner that turns out to be of no use. Where values

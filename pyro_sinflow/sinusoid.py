@@ -212,14 +212,14 @@ def _bend(a: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return torch.cat((ac, -2 * as_, as_.sum(dim=0, keepdim=True)))
 
 
-def sinusoids(chain: Chain, own: bool, bend: bool = False) -> list[Sinusoid]:
-    """Returns the sinusoids of a chain, whose numbers share their parameters or have their own.
+def sinusoids(chain: Chain, sums: bool, bend: bool = False) -> list[Sinusoid]:
+    """Returns the sinusoids of a chain, to evaluate by sums or by matrix products.
 
-    Those that share them know in advance whether the second derivative is wanted.
+    The latter have to know in advance whether the second derivative is wanted.
     """
     a, c, s, d = chain
     each = [*map(Sinusoid, a.unbind(1), c.unbind(1), s.unbind(1), d.unbind(0))]
-    if own or len(a) > _FEW:
+    if sums:
         return each
     value = torch.cat((c / a, s / a, d.unsqueeze(0)))
     slope = torch.cat((s + s, -2 * c, 1 + c.sum(dim=0, keepdim=True)))
@@ -234,6 +234,11 @@ def has_own(x: Tensor, a: Tensor) -> bool:
     return a.shape[-1] == x.shape[-1]
 
 
+def by_sums(x: Tensor, a: Tensor) -> bool:
+    """Whether sums evaluate sinusoids, where matrix products cannot, or are not as good."""
+    return has_own(x, a) or len(a) > _FEW or sums_are_fast()
+
+
 @kernel
 def evaluate_rows(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """Evaluates a chain.
@@ -244,7 +249,7 @@ def evaluate_rows(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """
     values, slopes = [x], []
     space = allocate(x, parameters[0])
-    for sinusoid in sinusoids(Chain(*parameters), sums_are_fast() or has_own(x, parameters[0])):
+    for sinusoid in sinusoids(Chain(*parameters), by_sums(x, parameters[0])):
         value, slope = sinusoid(values[-1], space)
         values.append(value)
         slopes.append(slope)
@@ -288,7 +293,7 @@ def pull(
     if gl is not None:
         g_slope = gl / slope
         bent = _bend(a, c, s)
-        if own or sums_are_fast() or k > _FEW:
+        if by_sums(x, a):
             bent = (bent[:-1] * features).sum(dim=0) + bent[-1]
         else:
             bent = _apply(bent.permute(1, 2, 0), features)
@@ -342,7 +347,7 @@ def push(
         torch.zeros_like(i) if t is None else t for t, i in zip(tangents, (x, *chain), strict=True)
     )
     ladj, dladj = torch.zeros_like(x), torch.zeros_like(x)
-    for m, sinusoid in enumerate(sinusoids(chain, has_own(x, a))):
+    for m, sinusoid in enumerate(sinusoids(chain, by_sums(x, a))):
         am, cm, sm, dam, dcm, dsm = (t[:, m] for t in (a, c, s, da, dc, ds))
         features = _features(x, am)
         y, slope = sinusoid.from_features(x, features)

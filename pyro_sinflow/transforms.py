@@ -15,7 +15,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ._bijection import Bijection, at_least_float32, sum_last, tensors_of
+from ._bijection import Bijection, at_least_float32, dependencies_of, sum_last
 from ._checks import (
     broadcast,
     check_broadcast,
@@ -324,8 +324,8 @@ class TriangularTransform(Bijection):
         """The tensors that gradients of the inverse reach."""
         return tuple(self._phi())
 
-    def _tensors(self) -> Iterable[Tensor]:
-        return *self.phi, *tensors_of(self.conditioner)  # a module's buffers among them
+    def _dependencies(self) -> Iterable[Tensor | bool]:
+        return *self.phi, *dependencies_of(self.conditioner)  # a module's buffers among them
 
     def _map(self) -> TriangularMap:
         # Apart from self: the graph of an inverse keeps it, and must not keep a cached pair.
