@@ -25,7 +25,7 @@ from zuko.lazy import Flow, LazyComposedTransform, LazyTransform
 from zuko.transforms import AdditiveTransform, ComposedTransform
 
 from pyro_sinflow import LazyTriangular, MaskedNetwork, SinusoidalFlow
-from pyro_sinflow.conditioners import LazyAffine, LazySinusoids
+from pyro_sinflow.lazy import LazyAffine, LazySinusoids
 
 Scores = dict[str, list[float]]  # of each data set, for each seed
 
@@ -92,7 +92,8 @@ def wave(flow: Flow, factor: float) -> Flow:
     """Multiplies the frequencies that sinusoids start with."""
     with torch.no_grad():
         for chain in free(flow, LazySinusoids):
-            frequency = chain["frequency"]
+            parameter = chain["parameter"]
+            frequency = parameter[..., : parameter.shape[-1] // 3]
             frequency.copy_((factor * nn.functional.softplus(frequency)).expm1().log())
     return flow
 
@@ -114,13 +115,13 @@ class Case(NamedTuple):
 
 plain = partial(SinusoidalFlow, transforms=3, hidden_features=(64, 64))
 DEFAULTS: dict[str, Callable[..., Flow]] = {
-    "LDU blocks": plain,
-    "scale": partial(plain, scale=True),
+    "LDU blocks": partial(plain, scale=False),
+    "scale": plain,
     "autoregressive": partial(plain, conditioner="autoregressive"),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "no shortcut": {"network": MaskedNetwork},
-    "shortcut learns 8 times faster": {"network": partial(MaskedNetwork, shortcut=8.0)},
+    "no shortcut": {"shortcut": 0.0},
+    "shortcut learns 8 times faster": {"shortcut": 8.0},
     "random order": {"randperm": True},
     "ELU": {"activation": nn.ELU},
     "GELU": {"activation": nn.GELU},
@@ -133,7 +134,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eight sinusoids": {"sinusoids": 8},
     "two transforms of eight sinusoids": {"transforms": 2, "sinusoids": 8},
     "eight components": {"components": 8},
-    "least slope 0.05": {"slope": 0.05},
+    "least slope 0.05": {"min_slope": 0.05},
     "scales from 0.1 to 10": {"max_scale": 10.0},
 }
 BUDGETS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ from zuko.distributions import DiagNormal
 from zuko.lazy import Flow, LazyTransform, UnconditionalDistribution
 from zuko.transforms import ComposedTransform
 
-from pyro_sinflow import MaskedNetwork, SinusoidalFlow
+from pyro_sinflow import SinusoidalFlow
 
 
 class Foreign(LazyTransform):
@@ -121,19 +121,11 @@ SIZES: dict[str, Any] = {"hidden_features": (64, 64)}
 ORDER: dict[str, Any] = {**SIZES, "randperm": True}
 SMOOTH: dict[str, Any] = {**ORDER, "activation": nn.SiLU}
 FLOWS: dict[str, Callable[[int], Flow]] = {
-    "Sinusoidal, LDU blocks": partial(SinusoidalFlow, transforms=3, **ORDER),
-    "Sinusoidal, scale": partial(SinusoidalFlow, transforms=3, scale=True, **ORDER),
+    "Sinusoidal, LDU blocks": partial(SinusoidalFlow, transforms=3, scale=False, **ORDER),
+    "Sinusoidal, scale": partial(SinusoidalFlow, transforms=3, **ORDER),
     # What the documentation advises where rows are few, and where they are many.
-    "Sinusoidal, scale, few rows": partial(
-        SinusoidalFlow, transforms=2, sinusoids=8, scale=True, **SMOOTH
-    ),
-    "Sinusoidal, scale, many rows": partial(
-        SinusoidalFlow,
-        transforms=3,
-        scale=True,
-        network=partial(MaskedNetwork, shortcut=8.0),
-        **ORDER,
-    ),
+    "Sinusoidal, scale, few rows": partial(SinusoidalFlow, transforms=2, sinusoids=8, **SMOOTH),
+    "Sinusoidal, scale, many rows": partial(SinusoidalFlow, transforms=3, shortcut=8.0, **ORDER),
     "Sinusoidal, autoregressive": partial(
         SinusoidalFlow, transforms=3, conditioner="autoregressive", **ORDER
     ),

@@ -126,7 +126,7 @@ def draw_funnel(posteriors: dict[str, Posterior], path: Path) -> None:
 def guides(steps: int, draws: int, out: Path) -> Path:
     """Part 1: fits guides to the eight schools, prints the table, and draws the picture."""
     print("\nPart 1: the posterior of the eight schools", flush=True)
-    flow = partial(iterated, 2, ldu, scale=True, hidden_features=(32, 32))
+    flow = partial(iterated, 2, ldu, hidden_features=(32, 32))
     normal = AutoMultivariateNormal(schools, init_scale=1.0)
     posteriors = {
         "NUTS": run_nuts(draws // 3, draws),
@@ -213,7 +213,9 @@ def densities(steps: int, out: Path) -> Path:
         "SinusoidalFlow, scale": lambda: SinusoidalFlow(
             features, transforms=3, scale=True, **options
         ),
-        "SinusoidalFlow, shift": lambda: SinusoidalFlow(features, transforms=3, **options),
+        "SinusoidalFlow, shift": lambda: SinusoidalFlow(
+            features, transforms=3, scale=False, **options
+        ),
         "NSF": lambda: zuko.flows.NSF(features, transforms=3, **options),
         "MAF": lambda: zuko.flows.MAF(features, transforms=6, **options),
     }

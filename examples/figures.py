@@ -121,7 +121,7 @@ def mixture(args: argparse.Namespace) -> Results:
 # Figure 4
 
 PLANES: Flows = {
-    "LDU blocks": lambda: SinusoidalFlow(2, transforms=8, hidden_features=(100,)),
+    "LDU blocks": lambda: SinusoidalFlow(2, transforms=8, scale=False, hidden_features=(100,)),
     "LDU blocks, scale": lambda: SinusoidalFlow(
         2, transforms=8, hidden_features=(100,), scale=True, activation=nn.Tanh
     ),

@@ -47,7 +47,7 @@ def funnel() -> None:
 
 GUIDES: dict[str, Callable[[], AutoContinuous]] = {
     "NeuTra, LDU blocks, scale": lambda: AutoNormalizingFlow(
-        funnel, partial(iterated, 3, ldu, scale=True, hidden_features=(32, 32))
+        funnel, partial(iterated, 3, ldu, hidden_features=(32, 32))
     ),
     "NeuTra, AutoIAFNormal": lambda: AutoIAFNormal(funnel, hidden_dim=[32, 32], num_transforms=3),
     "NeuTra, AutoMultivariateNormal": lambda: AutoMultivariateNormal(funnel),

@@ -70,7 +70,7 @@ def model(group: Tensor, bmi: Tensor, progress: Tensor) -> None:
 Data = tuple[Tensor, Tensor, Tensor]
 GUIDES: dict[str, Callable[[], AutoGuide]] = {
     "LDU blocks, scale": lambda: AutoNormalizingFlow(
-        model, partial(iterated, 3, ldu, scale=True, hidden_features=(64, 64))
+        model, partial(iterated, 3, ldu, hidden_features=(64, 64))
     ),
     "AutoIAFNormal": lambda: AutoIAFNormal(model, hidden_dim=[64, 64], num_transforms=3),
     "AutoMultivariateNormal": lambda: AutoMultivariateNormal(model),

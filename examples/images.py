@@ -123,11 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options: dict[str, Any] = {"transforms": args.blocks or preset.blocks}
     shape = data.train.shape[1:]
     flows: dict[str, Callable[[], Flow]] = {
-        "PixelCNN": lambda: SinusoidalFlow(shape, **CNN, **options),
+        "PixelCNN": lambda: SinusoidalFlow(shape, scale=False, **CNN, **options),
         "PixelCNN, scale": lambda: SinusoidalFlow(
             shape, scale=True, activation=nn.Tanh, **CNN, **options
         ),
-        "masked MLP": lambda: SinusoidalFlow(shape, **options),
+        "masked MLP": lambda: SinusoidalFlow(shape, scale=False, **options),
     }
 
     args.out.mkdir(parents=True, exist_ok=True)

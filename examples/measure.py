@@ -29,8 +29,8 @@ from training import Budget, arguments, fit, print_table
 from pyro_sinflow import InversionError, SinusoidalFlow, SinusoidalTransform, record_inversions
 
 CONDITIONERS: dict[str, dict[str, Any]] = {
-    "independent": {},
-    "scale=True": {"scale": True},
+    "scale=False": {"scale": False},
+    "scale=True": {},
     "autoregressive": {"conditioner": "autoregressive"},
 }
 BLOCKS = 8

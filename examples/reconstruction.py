@@ -25,7 +25,7 @@ from training import arguments, fit, print_table, seconds
 
 from pyro_sinflow import InversionWarning, SinusoidalFlow, Solver
 
-METHODS = {"Algorithm 1": "banach", "default": "newton"}
+METHODS = {"Algorithm 1": "banach", "default": "default"}
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 ITERATIONS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = preset.read(args.data_root)
     data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
     shape = data.train.shape[1:]
-    make = partial(SinusoidalFlow, shape, transforms=preset.blocks, **CNN)
+    make = partial(SinusoidalFlow, shape, transforms=preset.blocks, scale=False, **CNN)
     torch.manual_seed(args.seed)
     checkpoint = args.out / f"{args.data}, PixelCNN, seed {args.seed}.pt"
     fitted = fit(f"{args.data}, PixelCNN", make(), data, budget, checkpoint)

@@ -115,7 +115,7 @@ FLOWS: dict[str, Build] = {
     "Sinusoidal, autoregressive": partial(
         SinusoidalFlow, transforms=3, conditioner="autoregressive", **SIZES
     ),
-    "Sinusoidal, scale": partial(SinusoidalFlow, transforms=6, scale=True, **SIZES),
+    "Sinusoidal, scale": partial(SinusoidalFlow, transforms=6, **SIZES),
     "NSF": partial(zuko.flows.NSF, transforms=3, **SIZES),
 }
 

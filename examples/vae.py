@@ -98,8 +98,8 @@ class VAE(nn.Module):
 PRIORS: dict[str, Callable[[], Any]] = {
     "normal": lambda: None,
     "affine autoregressive": lambda: iterated(3, affine_autoregressive, CODES, [64, 64]),
-    "LDU blocks": lambda: iterated(3, ldu, CODES, hidden_features=(64, 64)),
-    "LDU blocks, scale": lambda: iterated(3, ldu, CODES, scale=True, hidden_features=(64, 64)),
+    "LDU blocks": lambda: iterated(3, ldu, CODES, scale=False, hidden_features=(64, 64)),
+    "LDU blocks, scale": lambda: iterated(3, ldu, CODES, hidden_features=(64, 64)),
 }
 
 

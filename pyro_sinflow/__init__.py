@@ -1,16 +1,19 @@
 """Sinusoidal Flows for Pyro and zuko."""
 
 from ._version import __version__
-from .compilation import compile_kernels
-from .conditioners import LazyTriangular
+from .autoregressive import AutoregressiveMap
+from .element_wise import SinusoidalTransform
 from .flows import FastInverse, SinusoidalFlow, fast_inverse
-from .inversion import Inversion, InversionError, InversionWarning, Solver, record_inversions
-from .modules import LDU, ConditionalLDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
-from .networks import MaskedNetwork, PixelCNN
-from .transforms import LDUTransform, SinusoidalTransform, TriangularTransform
+from .lazy import ConditionalLDU, LazyTriangular
+from .modules import LDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
+from .networks import MaskedNetwork
+from .pixelcnn import PixelCNN
+from .solvers import Inversion, InversionError, InversionWarning, Solver, record_inversions
+from .transforms import LDUTransform, TriangularTransform
 
 __all__ = [
     "LDU",
+    "AutoregressiveMap",
     "ConditionalLDU",
     "FastInverse",
     "Inversion",
@@ -26,7 +29,6 @@ __all__ = [
     "Solver",
     "TriangularTransform",
     "__version__",
-    "compile_kernels",
     "conditional_ldu",
     "fast_inverse",
     "ldu",

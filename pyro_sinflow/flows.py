@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,8 @@ from zuko.lazy import (
 )
 from zuko.transforms import AutoregressiveTransform
 
-from ._checks import (
+from ._torch import plain_modules
+from ._validate import (
     check_callable,
     check_choice,
     check_flag,
@@ -30,27 +32,28 @@ from ._checks import (
     check_size,
     check_sizes,
 )
-from .conditioners import (
-    LazyAffine,
-    LazyTriangular,
-    affine_chain,
-    dependencies,
-    initial_sinusoids,
-)
-from .inversion import Solver
-from .modules import ConditionalLDU
+from .autoregressive import NetworkMap
+from .element_wise import Affine, SinusoidalChain
+from .lazy import ConditionalLDU, Lazy, LazyAffine, LazyTriangular, initial_sinusoids
 from .networks import MaskedNetwork
-from .substitution import substitute
-from .transforms import TriangularTransform
+from .solvers import Solver
+from .transforms import Composition, TriangularTransform
 
-_network = partial(MaskedNetwork, shortcut=1.0)
+
+class _LazyComposition(LazyComposedTransform):
+    """Composes lazy transforms to one that checks its input once."""
+
+    def forward(self, c: Tensor | None = None) -> Composition:
+        """Returns the composition, given a context."""
+        return Composition(*[t(c) for t in self.transforms])
 
 
 class SinusoidalFlow(Flow):
     r"""Creates a Sinusoidal Flow.
 
-    Scoring is explicit, sampling takes a few passes through each network. An element-wise affine
-    map stands at the noise end, because sinusoids leave the scale of the tails as it is.
+    Scoring is explicit, sampling takes a few passes through each network. After the blocks, towards
+    the noise, comes an element-wise affine map, because sinusoids leave the scale of the tails as
+    it is.
 
     Warning:
         It is recommended to standardize features (zero mean, unit variance) before training: the
@@ -66,25 +69,34 @@ class SinusoidalFlow(Flow):
         transforms: The number of transformations.
         randperm: Whether each transformation has a random order of the features. If :py:`False`,
             the order is ascending; for the autoregressive conditioner, descending every other time.
-        conditioner: ``"independent"`` for the LDU blocks of the paper, whose sinusoids do not
-            depend on the features; ``"autoregressive"`` for its Eq. 11 in full, where all
-            parameters of an affine map and of a chain of sinusoids come from a masked network.
-        sinusoids: The number of sinusoids in a chain. If :py:`None`, 4 for the independent
-            conditioner and 2 for the autoregressive one.
-        network: The constructor of the networks: a masked MLP, with a linear shortcut from features
-            to shifts, or what else takes the options of :class:`pyro_sinflow.MaskedNetwork` and,
-            for the autoregressive conditioner, has its method ``set_bias``. Where rows are many,
-            ``partial(MaskedNetwork, shortcut=8.0)`` gains more, by a shortcut that learns faster.
+        conditioner: ``"independent"`` for LDU blocks, whose sinusoids do not depend on the
+            features; ``"autoregressive"`` for the paper's Eq. 11 in full, where all parameters of
+            an affine map and of a chain of sinusoids come from a masked network.
+        scale: Whether LDU blocks scale features besides shifting them. The block of the paper is
+            ``scale=False``. The affine map of the autoregressive conditioner always does.
         max_scale: The largest factor, greater than 1, by which each of the affine maps whose scale
             depends on other features stretches a feature; one over it is the smallest. Larger ones
             gain little density, and send the odd sample far out into the tails.
-        kwargs: Keyword arguments passed to :class:`ConditionalLDU`, of which the autoregressive
-            conditioner takes ``components``, ``slope``, ``hidden_features``, ``activation``,
-            ``residual``, ``dropout`` and ``solver``.
+        sinusoids: The number of sinusoids in a chain. If :py:`None`, 4 for the independent
+            conditioner and 2 for the autoregressive one.
+        components: The number of components K of each sinusoid.
+        context_diagonal: Whether the context moves the parameters of the sinusoids of LDU blocks.
+        min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
+        network: The constructor of the networks: :class:`pyro_sinflow.MaskedNetwork`, or what else
+            takes its options and, for the autoregressive conditioner, has its method ``set_bias``.
+        shortcut: How many times faster than other weights a linear map from features to shifts
+            learns, which stands beside each network. If :py:`None`, 1 for masked networks, and no
+            such map for others. Where rows are many, 8 gains more.
+        hidden_features: The numbers of hidden features of each network.
+        activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
+        residual: Whether the masked networks use residual blocks.
+        dropout: The probability that a hidden unit is dropped in training. Sampling needs
+            ``.eval()`` then.
+        solver: How the inverse is computed.
 
     Raises:
         TypeError: If an argument has the wrong type, or an option does not suit the conditioner.
-        ValueError: If a size is not positive, or a number out of range.
+        ValueError: If a size is not positive, a number out of range, or ``activation`` mixes units.
 
     Example:
         >>> flow = SinusoidalFlow(3, context=4, transforms=2)
@@ -100,47 +112,60 @@ class SinusoidalFlow(Flow):
         context: int = 0,
         transforms: int = 3,
         randperm: bool = False,
+        *,
         conditioner: str = "independent",
-        sinusoids: int | None = None,
-        network: Callable[..., nn.Module] = _network,
+        scale: bool = True,
         max_scale: float = 2.0,
-        **kwargs: Any,
+        sinusoids: int | None = None,
+        components: int = 4,
+        context_diagonal: bool = False,
+        min_slope: float = 1e-3,
+        network: Callable[..., nn.Module] = MaskedNetwork,
+        shortcut: float | None = None,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] | None = None,
+        residual: bool = False,
+        dropout: float = 0.0,
+        solver: Solver = Solver(),
     ) -> None:
         shape = check_sizes("features", features)
         check_size("context", context, minimum=0)
         check_size("transforms", transforms)
         check_flag("randperm", randperm)
         check_choice("conditioner", conditioner, ("independent", "autoregressive"))
-        if "order" in kwargs:
-            raise TypeError("'order' is not an option of SinusoidalFlow: use 'randperm'.")
-        ascending = torch.arange(shape.numel())
-
+        check_flag("scale", scale)
+        check_flag("context_diagonal", context_diagonal)
         independent = conditioner == "independent"
-        for name in ("scale", "context_diagonal"):
-            if name in kwargs and not independent:
-                raise TypeError(f"'{name}' is an option of the independent conditioner alone.")
-        make: Callable[..., LazyTransform] = ConditionalLDU if independent else _autoregressive
-        if sinusoids is None:
-            sinusoids = 4 if independent else 2
+        if not independent and (not scale or context_diagonal):
+            name = "context_diagonal" if scale else "scale"
+            raise TypeError(f"'{name}' is an option of the independent conditioner alone.")
+        if shortcut is None and network is MaskedNetwork:
+            shortcut = 1.0
+        options: dict[str, Any] = {
+            "max_scale": max_scale,
+            "sinusoids": (4 if independent else 2) if sinusoids is None else sinusoids,
+            "components": components,
+            "min_slope": min_slope,
+            "network": network,
+            "shortcut": shortcut,
+            "hidden_features": hidden_features,
+            "activation": activation,
+            "residual": residual,
+            "dropout": dropout,
+            "solver": solver,
+        }
+        make: Callable[..., Lazy] = _autoregressive
+        if independent:
+            make = partial(ConditionalLDU, scale=scale, context_diagonal=context_diagonal)
 
-        lazy: list[LazyTransform] = []
+        lazy: list[Lazy] = []
+        ascending = torch.arange(shape.numel())
         for i in range(transforms):
             order = torch.randperm(shape.numel()) if randperm else ascending
             if i % 2 and not randperm and not independent:
                 order = order.flip(0)
-            lazy.append(
-                make(
-                    shape,
-                    context,
-                    sinusoids=sinusoids,
-                    order=order,
-                    network=network,
-                    max_scale=max_scale,
-                    **kwargs,
-                )
-            )
-        options = {k: kwargs[k] for k in ("hidden_features", "activation") if k in kwargs}
-        lazy.append(LazyAffine(shape, context, **options))
+            lazy.append(make(shape, context, order=order, **options))
+        lazy.append(LazyAffine(shape, context, hidden_features, activation))
 
         base = UnconditionalDistribution(
             DiagNormal,
@@ -149,90 +174,86 @@ class SinusoidalFlow(Flow):
             ndims=len(shape),
             buffer=True,
         )
-        super().__init__(lazy, base)
+        super().__init__(_LazyComposition(*lazy), base)
+
+
+def _affine_chain(
+    shift: Tensor,
+    scale: Tensor,
+    parameters: Tensor,
+    max_scale: float,
+    min_slope: float,
+    solver: Solver,
+) -> Composition:
+    """Composes an affine map and a chain of sinusoids, from the outputs of a conditioner."""
+    return Composition(
+        Affine(shift, scale, max_scale), SinusoidalChain(parameters, min_slope, solver)
+    )
 
 
 def _autoregressive(
     features: Size,
     context: int,
     *,
-    sinusoids: int,
     order: Tensor,
-    network: Callable[..., nn.Module],
     max_scale: float,
-    components: int = 4,
-    slope: float = 1e-3,
-    hidden_features: Sequence[int] = (64, 64),
-    activation: Callable[[], nn.Module] | None = None,
-    residual: bool = False,
-    dropout: float = 0.0,
-    solver: Solver = Solver(),
+    sinusoids: int,
+    components: int,
+    min_slope: float,
+    network: Callable[..., nn.Module],
+    shortcut: float | None,
+    solver: Solver,
+    **options: Any,
 ) -> LazyTriangular:
     """Creates a lazy triangular transform of affine maps and sinusoids, conditioned in full.
 
-    Args:
-        features: The shape of an event.
-        context: The number of context features.
-        sinusoids: The number of sinusoids.
-        order: The rank of each feature.
-        network: The constructor of the network, which has to have a method ``set_bias``.
-        max_scale: The largest factor of the affine maps, greater than 1.
-        components: The number of components K of each sinusoid.
-        slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
-        hidden_features: The numbers of hidden features.
-        activation: The activation function constructor.
-        residual: Whether the network uses residual blocks.
-        dropout: The probability that a hidden unit is dropped in training.
-        solver: How the inverse is computed.
+    The arguments are those of :class:`SinusoidalFlow`, and options of the network.
     """
     check_size("sinusoids", sinusoids)
     check_size("components", components)
-    check_real("slope", slope, 0.0, 1.0)
+    check_real("min_slope", min_slope, 0.0, 1.0)
     check_real("max_scale", max_scale, 1.0, math.inf)
     check_callable("network", network)
     check_instance("solver", solver, Solver)
-    shapes = [(), (), *[(sinusoids, components)] * 3, (sinusoids,)]
-    outputs = sum(Size(s).numel() for s in shapes)
+    shapes = [(), (), (sinusoids, 3 * components + 1)]
+    outputs = 2 + sinusoids * (3 * components + 1)
+    if shortcut is not None:
+        options["shortcut"] = shortcut
 
-    masked: Any = network(
-        features,
-        context,
-        outputs,
-        order=order,
-        hidden_features=hidden_features,
-        activation=activation,
-        residual=residual,
-        dropout=dropout,
-    )
+    masked: Any = network(features, context, outputs, order=order, **options)
     if not hasattr(masked, "set_bias"):
         raise TypeError(
             "'network' should make a network with a method 'set_bias' for the autoregressive "
             f"conditioner, got {type(masked).__name__}."
         )
     n = features.numel()
-    masked.set_bias(
-        torch.cat(
-            (
-                torch.zeros(n, 2),
-                *(p.flatten(1) for p in initial_sinusoids(n, sinusoids, components=components)),
-                torch.zeros(n, sinusoids),
-            ),
-            dim=1,
-        )
-    )
-    univariate = partial(affine_chain, max_scale=max_scale, slope=slope, solver=solver)
+    start = initial_sinusoids(n, sinusoids, components=components).flatten(1)
+    masked.set_bias(torch.cat((torch.zeros(n, 2), start), dim=1))
+    univariate = partial(_affine_chain, max_scale=max_scale, min_slope=min_slope, solver=solver)
 
     return LazyTriangular(masked, features, univariate, shapes, solver)
 
 
-def _unwrap(univariate: Any) -> tuple[Any, list[Tensor]]:
-    """Returns the constructor inside of partials, and the tensors that are bound to it."""
-    bound: list[Tensor] = []
+def _applies_alike(univariate: Any) -> bool:
+    """Whether a constructor treats all features alike, so that it can be applied to some of them.
+
+    Tensors that are bound to it may have an entry for each feature.
+    """
     while isinstance(univariate, partial):
         values = (*univariate.args, *univariate.keywords.values())
-        bound.extend(v for v in values if isinstance(v, Tensor))
+        if any(isinstance(v, Tensor) for v in values):
+            return False
         univariate = univariate.func
-    return univariate, bound
+    return isinstance(univariate, type) and issubclass(univariate, Transform)
+
+
+def _weight_dtype(module: nn.Module) -> torch.dtype:
+    """Returns the dtype of a module's weights, which need not be parameters."""
+    for part in module.modules():
+        weight = getattr(part, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight.dtype
+    return torch.get_default_dtype()
 
 
 def _lowered(function: Callable[[Tensor], Transform], dtype: torch.dtype, x: Tensor) -> Transform:
@@ -240,7 +261,7 @@ def _lowered(function: Callable[[Tensor], Transform], dtype: torch.dtype, x: Ten
     return function(x.to(dtype))
 
 
-class FastInverse(LazyTransform):
+class FastInverse(Lazy):
     r"""Wraps one of zuko's autoregressive transformations, to invert it in fewer passes.
 
     See Also:
@@ -271,22 +292,25 @@ class FastInverse(LazyTransform):
         lazy = self.transform
         t = check_instance("transform(c)", lazy(c), AutoregressiveTransform)
         # Transforms run in at least float32, zuko's networks in the dtype of their weights.
-        dtype = next(lazy.parameters()).dtype
+        dtype = _weight_dtype(lazy.hyper)
         meta = partial(_lowered, t.meta, dtype) if dtype.itemsize < 4 else t.meta
-        univariate, bound = _unwrap(lazy.univariate)
-        alike = isinstance(univariate, type) and issubclass(univariate, Transform) and not bound
-        standard = all(
-            getattr(type(lazy), name) is getattr(MaskedAutoregressiveTransform, name)
-            for name in ("forward", "meta")
+        kind = type(lazy)
+        standard = (
+            kind.forward is MaskedAutoregressiveTransform.forward
+            and kind.meta is MaskedAutoregressiveTransform.meta
+            and plain_modules(lazy) is not None
         )
-        network = lazy.hyper if standard and alike else None
-        return TriangularTransform(
+        function = NetworkMap(
             meta,
-            phi=partial(dependencies, self, c, *bound),
-            passes=t.passes,
-            substitute=partial(substitute, network, lazy.univariate, lazy.shapes, c, 1),
-            solver=self.solver,
+            lazy,
+            lazy.hyper if standard and _applies_alike(lazy.univariate) else None,
+            lazy.univariate,
+            lazy.shapes,
+            c,
+            Size([lazy.hyper.out_features // lazy.total]),
+            t.passes,
         )
+        return TriangularTransform(function, solver=self.solver)
 
 
 def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
@@ -302,6 +326,9 @@ def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
     Raises:
         TypeError: If ``flow`` is not a flow.
 
+    Warns:
+        UserWarning: If the flow has no transformation to give it to.
+
     Example:
         >>> nsf = zuko.flows.NSF(8)
         >>> fast = fast_inverse(nsf)
@@ -311,14 +338,24 @@ def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
     """
     check_instance("flow", flow, Flow)
     check_instance("solver", solver, Solver)
+    found = False
 
     def convert(lazy: LazyTransform) -> LazyTransform:
+        nonlocal found
         if isinstance(lazy, MaskedAutoregressiveTransform):
+            found = True
             return FastInverse(lazy, solver)
         if isinstance(lazy, LazyComposedTransform):
-            return LazyComposedTransform(*map(convert, lazy.transforms))
+            return type(lazy)(*map(convert, lazy.transforms))
         if isinstance(lazy, LazyInverse):
             return convert(lazy.transform).inv
         return lazy
 
-    return Flow(convert(flow.transform), flow.base)
+    fast = Flow(convert(flow.transform), flow.base)
+    if not found:
+        warnings.warn(
+            f"{type(flow).__name__} has no MaskedAutoregressiveTransform to give the fast inverse: "
+            "the flow is returned as it is.",
+            stacklevel=2,
+        )
+    return fast

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 FLOWS = {
-    "independent": {},
-    "scale": {"scale": True, "residual": True, "hidden_features": (16, 16)},
+    "independent": {"scale": False},
+    "scale": {"residual": True, "hidden_features": (16, 16)},
     "autoregressive": {"conditioner": "autoregressive"},
 }
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from pyro_sinflow import SinusoidalFlow
 
-CONDITIONERS = [{}, {"scale": True}, {"conditioner": "autoregressive"}]
+CONDITIONERS = [{}, {"scale": False}, {"conditioner": "autoregressive"}]
 
 
 def make(options):

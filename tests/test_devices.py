@@ -13,12 +13,12 @@ from pyro_sinflow import LDU, ConditionalLDU, Sinusoidal, SinusoidalFlow, Solver
 BLOCKS = {
     "Sinusoidal": lambda: Sinusoidal(3),
     "LDU": lambda: LDU(3),
-    "scale": lambda: LDU(3, scale=True),
+    "shift": lambda: LDU(3, scale=False),
 }
 FLOWS = {
     "independent": lambda s=Solver(): SinusoidalFlow(3, 2, transforms=2, solver=s),
-    "scale": lambda s=Solver(): SinusoidalFlow(
-        3, 2, transforms=2, scale=True, context_diagonal=True, solver=s
+    "shift": lambda s=Solver(): SinusoidalFlow(
+        3, 2, transforms=2, scale=False, context_diagonal=True, solver=s
     ),
     "autoregressive": lambda s=Solver(): SinusoidalFlow(
         3, 2, transforms=2, conditioner="autoregressive", solver=s

@@ -95,7 +95,7 @@ def test_measure(tmp_path):
     assert (tmp_path / "passes.png").read_bytes().startswith(b"\x89PNG")
 
     (aims, *trips), newton, passes = results.values()
-    assert len(trips) == 3 * 2 * 2  # conditioners, numbers of blocks, numbers of features
+    assert len(trips) == 3 * 2 * 2  # kinds of flows, numbers of blocks, numbers of features
     for dtype in ("float32", "float64"):
         for state in (f"{dtype}, untrained", f"{dtype}, trained"):
             for trip in trips:
@@ -106,8 +106,8 @@ def test_measure(tmp_path):
         assert 0 < row["median"] <= row["99 %"] <= row["maximum"] < 200
         assert row["largest error"] <= row["aim"]
     # 8 blocks of two triangular maps, or 8 triangular maps.
-    for conditioner, maps in (("independent", 16), ("autoregressive", 8)):
-        assert sum(row[conditioner] for row in passes) == maps
+    for kind, maps in (("scale=False", 16), ("scale=True", 16), ("autoregressive", 8)):
+        assert sum(row[kind] for row in passes) == maps
     assert all(1 <= row["passes"] <= 8 for row in passes)
 
 

@@ -20,11 +20,10 @@ def test_a_shortcut_starts_at_zero():
 
 def test_a_shortcut_reaches_the_first_output_of_each_feature_alone():
     network = make(1.0)
-    linear = network.network.linear
-    torch.nn.init.normal_(linear.weight)
+    torch.nn.init.normal_(network.shortcut.weight)
     x, c = torch.randn(5, 2, 3).double(), torch.randn(5, 2).double()
     change = network(x, c) - make(0.0)(x, c)
-    expected = linear(torch.cat((x.flatten(1), c), dim=1)).view(5, 2, 3)
+    expected = network.shortcut(torch.cat((x.flatten(1), c), dim=1)).view(5, 2, 3)
     assert torch.allclose(change[..., 0], expected)
     assert torch.equal(change[..., 1:], torch.zeros(5, 2, 3, 2).double())
     assert expected.abs().min() > 0  # the first feature sees the context
@@ -36,7 +35,7 @@ def test_a_shortcut_learns_as_many_times_faster_as_it_says():
     for rate in (1.0, 8.0):
         network = make(rate)
         network(x, c)[..., 0].sum().backward()
-        torch.optim.Adam([network.network.linear.weight]).step()
+        torch.optim.Adam([network.shortcut.weight]).step()
         moved.append(network(x, c) - make(0.0)(x, c))
     assert moved[0].abs().max() > 0
     assert torch.allclose(moved[1], 8 * moved[0], rtol=1e-4)
@@ -53,8 +52,8 @@ def test_the_jacobian_is_strictly_triangular(shortcut):
 
 
 def test_a_single_layer_needs_no_shortcut():
-    assert isinstance(make(1.0).network, Shortcut)
-    assert not isinstance(make(1.0, hidden_features=()).network, Shortcut)
+    assert isinstance(make(1.0).shortcut, Shortcut)
+    assert make(1.0, hidden_features=()).shortcut is None
 
 
 def test_densities_have_shortcuts_and_guides_have_none():
@@ -64,3 +63,5 @@ def test_densities_have_shortcuts_and_guides_have_none():
     assert shortcuts(SinusoidalFlow(3, transforms=2)) == 4  # of L and U
     assert shortcuts(SinusoidalFlow(3, transforms=2, conditioner="autoregressive")) == 2
     assert shortcuts(LDU(3)) == 0
+    assert shortcuts(LDU(3, shortcut=1.0)) == 2
+    assert shortcuts(SinusoidalFlow(3, transforms=2, shortcut=0.0)) == 0

@@ -26,8 +26,8 @@ BATCHES = tuple(4**k for k in range(9))  # up to 65,536
 BLOCKS = (2, 4, 8, 16, 32)
 NETWORK = {"hidden_features": (256, 256)}
 FLOWS = {
-    "independent": partial(SinusoidalFlow, transforms=8, **NETWORK),
-    "scale=True": partial(SinusoidalFlow, transforms=8, scale=True, **NETWORK),
+    "scale=False": partial(SinusoidalFlow, transforms=8, scale=False, **NETWORK),
+    "scale=True": partial(SinusoidalFlow, transforms=8, **NETWORK),
     "autoregressive": partial(
         SinusoidalFlow, transforms=4, conditioner="autoregressive", **NETWORK
     ),
@@ -103,7 +103,7 @@ def by_features(args):
 
 def by_size(args):
     """Returns times and memory of three computations for several batches and numbers of blocks."""
-    flows = {blocks: trained("independent", 63, args, transforms=blocks) for blocks in BLOCKS}
+    flows = {blocks: trained("scale=False", 63, args, transforms=blocks) for blocks in BLOCKS}
     flow, test = flows[8]
     unit = seconds(partial(log_prob, flow, test[:1024]), 5)
     sizes = [("batch", n, 8) for n in BATCHES] + [("blocks", 1024, blocks) for blocks in BLOCKS]

@@ -25,7 +25,7 @@ def main():
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    flow = SinusoidalFlow(D, transforms=BLOCKS, sinusoids=SINUSOIDS, **NETWORK)
+    flow = SinusoidalFlow(D, transforms=BLOCKS, scale=False, sinusoids=SINUSOIDS, **NETWORK)
     x = torch.randn(128, D)
 
     def step():

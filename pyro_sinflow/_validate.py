@@ -10,57 +10,11 @@ from typing import Any, TypeVar
 import torch
 from pyro.distributions import is_validation_enabled
 from torch import Size, Tensor
-from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
+
+from ._torch import autocasting, can_branch_on
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
-
-
-def lasting(*tensors: Tensor) -> bool:
-    """Whether the tensors have values, and outlive the call.
-
-    They do not inside ``torch.compile`` or a ``torch.func`` transform, nor if fake or meta.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
-    )
-
-
-def readable(*tensors: Tensor) -> bool:
-    """Whether Python may branch on the tensors' values.
-
-    It may only if they last, and neither while ``torch.jit.trace`` records, nor on dual tensors of
-    forward differentiation, whose tangents settle later than their values. Where it may not, checks
-    of values are skipped and iterations run a fixed number of times.
-    """
-    return (
-        lasting(*tensors)
-        and not torch.jit.is_tracing()
-        and not (
-            has_duals() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-        )
-    )
-
-
-def has_duals() -> bool:
-    """Whether forward differentiation is under way, so that tensors may have tangents."""
-    return forward_ad._current_level >= 0
-
-
-def forward_levels() -> int:
-    """How many transforms of ``torch.func`` that differentiate forward are under way."""
-    if not torch._C._are_functorch_transforms_active():
-        return 0
-    forward = torch._C._functorch.TransformType.Jvp
-    return sum(i.key() == forward for i in torch._C._functorch.get_interpreter_stack() or ())
-
-
-def version(tensor: Tensor) -> int | None:
-    """Returns what changes when a tensor does; tensors of inference mode do not tell."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def check_tensor(name: str, x: Any) -> None:
@@ -76,7 +30,7 @@ def check_tensor(name: str, x: Any) -> None:
         raise TypeError(f"'{name}' should be a floating-point tensor, got {x.dtype}.")
     # One reduction on the good path: a finite sum has finite terms. The sum of large numbers may be
     # infinite as well.
-    if is_validation_enabled() and readable(x) and not math.isfinite(x.detach().sum()):
+    if is_validation_enabled() and can_branch_on(x) and not math.isfinite(x.detach().sum()):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         if nan or inf:
             raise ValueError(
@@ -85,27 +39,13 @@ def check_tensor(name: str, x: Any) -> None:
             )
 
 
-def autocasting(x: Tensor) -> bool:
-    """Whether autocast is enabled on the device of x; some, such as "meta", know no autocast."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def full_precision(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Applies a function that autocast would run in half precision, such as a matrix product."""
-    if autocasting(tensors[0]):
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return function(*tensors)
-    return function(*tensors)
-
-
 def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
     """Requires the dtype of the parameters, once half precision is lifted to float32.
 
     Autocast mixes dtypes on purpose, and is let through.
     """
     given, expected = (torch.promote_types(d, torch.float32) for d in (x.dtype, dtype))
-    if given != expected and not autocasting(x):
+    if given != expected and not autocasting(x.device.type):
         raise TypeError(
             f"'{name}' should have the parameters' dtype {dtype}, got {x.dtype}; "
             f"convert one of them with '.to(...)'."

@@ -1,7 +1,7 @@
 """Forward substitution agrees with passes through the whole network, and knows its limits."""
 
 import copy
-from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,22 +17,20 @@ from pyro_sinflow import (
     LazyTriangular,
     MaskedNetwork,
     SinusoidalFlow,
+    autoregressive,
     fast_inverse,
     record_inversions,
-    substitution,
 )
-from pyro_sinflow.substitution import Evaluation, Stages, substitute
+from pyro_sinflow.sequential import Evaluation, Stages
 
 CASES = {
-    "shift": lambda c: ConditionalLDU(11, c),
-    "scale": lambda c: ConditionalLDU(11, c, scale=True, residual=True, hidden_features=(32,) * 4),
-    "shortcut": lambda c: ConditionalLDU(
-        11, c, scale=True, network=partial(MaskedNetwork, shortcut=2.0), residual=True
-    ),
+    "shift": lambda c: ConditionalLDU(11, c, scale=False),
+    "scale": lambda c: ConditionalLDU(11, c, residual=True, hidden_features=(32,) * 4),
+    "shortcut": lambda c: ConditionalLDU(11, c, shortcut=2.0, residual=True),
     "order": lambda c: ConditionalLDU(11, c, order=torch.randperm(11)),
     "linear": lambda c: ConditionalLDU(11, c, hidden_features=()),
     "dropout": lambda c: ConditionalLDU(11, c, dropout=0.5),
-    "image": lambda c: ConditionalLDU((2, 3, 2), c, scale=True),
+    "image": lambda c: ConditionalLDU((2, 3, 2), c),
     "one": lambda c: ConditionalLDU(1, c),
     "autoregressive": lambda c: (
         SinusoidalFlow(
@@ -59,8 +57,8 @@ def calls(monkeypatch):
             made.append(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(substitution, "_LEAST", 0)
-    monkeypatch.setattr(substitution, "Evaluation", Counted)
+    monkeypatch.setattr(autoregressive, "_LEAST", 0)
+    monkeypatch.setattr(autoregressive, "Evaluation", Counted)
     return made
 
 
@@ -76,39 +74,37 @@ def test_agrees_with_whole_passes(name, context, dtype, calls, monkeypatch):
         x = t.inv(y)
         constant = name == "one" and context == 0  # nothing to depend on, and no network
         assert len(calls) == (0 if constant else 1 if name == "coupling" else 2)
-        monkeypatch.setattr(substitution, "_LEAST", 10**9)
-        monkeypatch.setattr(substitution, "_ENOUGH", 10**9)
+        monkeypatch.setattr(autoregressive, "_LEAST", 10**9)
+        monkeypatch.setattr(autoregressive, "_ENOUGH", 10**9)
         whole = t.inv(y)
         assert len(calls) <= 2
     eps = torch.finfo(dtype).eps
     assert residual(t, x, y) <= 32 * eps
-    assert torch.allclose(x, whole, rtol=0, atol=100 * eps)
+    assert torch.allclose(x, whole, rtol=100 * eps, atol=100 * eps)
     assert x.shape == y.shape
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 11, 20])
 def test_stages_agree_with_the_network_whatever_their_size(size):
-    network = perturb(MaskedNetwork(11, 3, 2, hidden_features=(16, 16)).double())
+    network = perturb(MaskedNetwork(11, 3, 2, hidden_features=(16, 16), shortcut=1.0).double())
     x, c = torch.randn(7, 11).double(), torch.randn(7, 3).double()
-    stages = Stages(network.network, 11, 3, size)
-    assert torch.cat(stages.features).tolist() == [*range(11)]
+    stages = Stages(network, 11, size)
+    assert torch.cat(stages.stages).tolist() == [*range(11)]
     assert [i for block in stages.blocks for i in block] == [*range(12)]
     assert [len(block) for block in stages.blocks[1:-1]] == [size] * (-(-11 // size) - 1)
     with torch.no_grad():
-        evaluation = Evaluation(stages, c.t())
-        for block in stages.blocks[1:]:
-            evaluation.begin(block)
-            for i in block:
-                expected = network(x, c)[:, stages.features[i]]
-                h = evaluation.outputs(i)
-                assert torch.allclose(h.t().reshape(expected.shape), expected, atol=1e-12)
-                evaluation.commit(i, x[:, stages.features[i]].t())
+        evaluation = Evaluation(stages, c, 7)
+        whole = network(x, c)
+        for known, following in pairwise(stages.stages):
+            h = evaluation.advance(x[:, known].t())
+            expected = whole[:, following]
+            assert torch.allclose(h.t().reshape(expected.shape), expected, atol=1e-12)
 
 
 def test_a_coupling_has_two_stages():
     network = zuko.flows.MaskedAutoregressiveTransform(12, passes=2).hyper
     stages = Stages(network, 12)
-    assert [len(features) for features in stages.features] == [0, 6, 6]
+    assert [len(features) for features in stages.stages] == [0, 6, 6]
     assert [*map(len, stages.blocks)] == [1, 2]
 
 
@@ -126,12 +122,12 @@ def test_sees_new_weights_and_new_masks(calls):
 
 
 def test_gradients_do_not_depend_on_it(calls, monkeypatch):
-    t = perturb(LDU(7, scale=True).double())
+    t = perturb(LDU(7).double())
     y = torch.randn(5, 7).double()
     grads = []
-    monkeypatch.setattr(substitution, "_ENOUGH", 10**9)
+    monkeypatch.setattr(autoregressive, "_ENOUGH", 10**9)
     for least in (0, 10**9):
-        monkeypatch.setattr(substitution, "_LEAST", least)
+        monkeypatch.setattr(autoregressive, "_LEAST", least)
         grads.append(torch.autograd.grad(t.inv(y).sin().sum(), [*t.parameters()]))
         t.clear_cache()
     assert len(calls) == 2
@@ -140,43 +136,52 @@ def test_gradients_do_not_depend_on_it(calls, monkeypatch):
 
 
 class Own(nn.Module):
-    """An activation of the user's, which mixes units."""
+    """An activation of the user's."""
 
     def forward(self, x):
-        return x.cumsum(-1)
+        return x.sin()
 
 
-ACTIVATIONS = {
-    "activation with parameters": nn.PReLU,
-    "softmax": partial(nn.Softmax, -1),
-    "batch norm": partial(nn.BatchNorm1d, 64, affine=False, track_running_stats=False),
-    "layer norm": partial(nn.LayerNorm, 64, elementwise_affine=False),
-    "activation of the user's": Own,
+ACTIVATIONS = {"activation with parameters": nn.PReLU, "activation of the user's": Own}
+CHANGES = {
+    "hook": lambda network: network.mlp[0].register_forward_hook(lambda *_: None),
+    "pre-hook": lambda network: network.mlp[0].register_forward_pre_hook(lambda *_: None),
+    "forward": lambda network: setattr(network.mlp[0], "forward", network.mlp[0].forward),
+    "softmax": lambda network: network.mlp.__setitem__(1, nn.Softmax(-1)),
 }
 
 
-@pytest.mark.parametrize("change", ["hook", "dropout", "autocast", *ACTIVATIONS])
+@pytest.mark.parametrize("change", ["dropout", "autocast", "global hook", *CHANGES, *ACTIVATIONS])
 def test_leaves_other_networks_alone(change, calls):
     options = {"activation": ACTIVATIONS[change]} if change in ACTIVATIONS else {}
-    network = MaskedNetwork(6, dropout=0.5 if change == "dropout" else 0.0, **options).network
-    if change == "hook":
-        network[0].register_forward_hook(lambda *_: None)
-    arguments = (network, zuko.transforms.AdditiveTransform, [()], None, 1)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
-        assert substitute(*arguments, torch.randn(5, 6)) is None
-    assert not calls
+    network = MaskedNetwork(6, dropout=0.5 if change == "dropout" else 0.0, **options)
+    t = LazyTriangular(network, 6, zuko.transforms.AdditiveTransform, [()])()
+    if change in CHANGES:
+        CHANGES[change](network)
+    hook = None
+    if change == "global hook":
+        hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+            assert t.map.sequential(torch.randn(5, 6)) is None
+        assert not calls
+    finally:
+        if hook is not None:
+            hook.remove()
+    if change in CHANGES or change == "dropout":
+        assert t.map.is_triangular() == (change == "global hook")
 
 
 def test_a_batch_keeps_the_events_that_stay_in_range(calls, monkeypatch):
-    t = LDU(4, scale=True, hidden_features=(8,)).block.lower()
+    t = LDU(4, hidden_features=(8,)).block.lower()
     with torch.no_grad():
-        for p in t.phi:
+        for p in t.map.module.parameters():
             p.fill_(1.0)
     y = torch.randn(5, 4)
     y[2] = 1e30
-    monkeypatch.setattr(substitution, "_ENOUGH", 10**9)
+    monkeypatch.setattr(autoregressive, "_ENOUGH", 10**9)
     for least in (0, 10**9):
-        monkeypatch.setattr(substitution, "_LEAST", least)
+        monkeypatch.setattr(autoregressive, "_LEAST", least)
         with pytest.warns(InversionWarning, match="leaves the range of torch.float32 in 1 of 5"):
             x = t.inv(y)
         assert x.isfinite().all()
@@ -213,7 +218,7 @@ def test_settles_all_in_one_pass(calls):
 
 
 def test_is_for_batches_that_are_large_enough(calls, monkeypatch):
-    monkeypatch.setattr(substitution, "_LEAST", 3)
+    monkeypatch.setattr(autoregressive, "_LEAST", 3)
     # There is a stage for each feature, if there are enough hidden units, and one for the context.
     for features, least in [(8, 27), (200, 384)]:
         t = perturb(LDU(features, hidden_features=(200,)), 0.01).block.lower()
@@ -267,9 +272,9 @@ def test_residual_branches_that_see_more_are_left_to_passes():
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.5 * torch.randn_like(p))
-    network.network[0].mask[5:] = 0.0  # a map as triangular as before
+    network.mlp[0].mask[5:] = 0.0  # a map as triangular as before
     t = LazyTriangular(network, 3, zuko.transforms.AdditiveTransform, [()])()
     y = torch.randn(400, 3)
     with pytest.raises(NotImplementedError, match="residual branch"):
-        Stages(network.network, 3)
+        Stages(network, 3)
     assert torch.allclose(t(t.inv(y)), y, atol=1e-4)

@@ -1,0 +1,235 @@
+"""Every private or introspective use of torch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from types import FunctionType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+from torch.distributions.transforms import _InverseTransform
+from torch.nn.modules import activation
+from torch.nn.modules import module as _module
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import handle_torch_function, has_torch_function
+
+_PLAIN = {bool, int, float, str, type(None), dict, OrderedDict, set, torch.Size}
+InverseTransform = _InverseTransform
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_concrete(*tensors: Tensor) -> bool:
+    """Whether the tensors have values that outlive the call.
+
+    They have none inside ``torch.compile`` or a ``torch.func`` transform, nor if fake or meta.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    for t in tensors:
+        if isinstance(t, FakeTensor) or t.is_meta:
+            return False
+    return True
+
+
+def can_branch_on(*tensors: Tensor) -> bool:
+    """Whether Python may branch on the values of tensors.
+
+    It may not where they are not concrete, are recorded by ``torch.jit.trace``, or carry more than
+    their values: the tangents of forward differentiation, or a batch of ``is_grads_batched``.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for t in tensors:
+        if isinstance(t, FakeTensor) or t.is_meta or _is_batched(t):
+            return False
+    return True
+
+
+def can_fuse(*tensors: Tensor) -> bool:
+    """Whether a fused operation may take the place of torch's own.
+
+    It may on plain tensors that nothing but reverse differentiation looks at.
+    """
+    for t in tensors:
+        if type(t) not in (Tensor, nn.Parameter):
+            return False
+    return can_branch_on(*tensors)
+
+
+def differentiation_levels() -> int:
+    """Returns how many transforms that differentiate are under way."""
+    levels = int(forward_ad._current_level >= 0)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        kinds = torch._C._functorch.TransformType
+        stack = torch._C._functorch.get_interpreter_stack() or ()
+        levels += sum(i.key() in (kinds.Grad, kinds.Jvp) for i in stack)
+    return levels
+
+
+def honours_torch_function(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets tensor subclasses override a function of tensors, as they override torch's own."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling() and has_torch_function(args):
+            return handle_torch_function(call, args, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def vjp(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Returns vector-Jacobian products that can be differentiated again.
+
+    They are partial: an input that was computed from another counts as independent of it.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [i.view_as(i) if i.requires_grad else i.detach().requires_grad_() for i in inputs]
+        outputs = function(*aliases)
+        return torch.autograd.grad(
+            outputs, aliases, cotangents, create_graph=create_graph, materialize_grads=True
+        )
+
+
+def depends_on_more(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether the graph of a tensor has other leaves that require gradients than the given ones."""
+    known = {id(leaf) for leaf in leaves}
+    stack, seen = [tensor.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and id(node.variable) not in known:
+            return True
+        for function, _ in node.next_functions:
+            stack.append(function)
+    return False
+
+
+def versions(*tensors: Tensor) -> list[int | None]:
+    """Returns what changes whenever a tensor does; tensors of inference mode do not tell."""
+    seen: list[int | None] = []
+    for t in tensors:
+        seen.append(None if t.is_inference() else t._version)
+    return seen
+
+
+class State:
+    """What an object holds, to tell whether it is still the same.
+
+    These are tensors, and modules with their training modes, that are found in attributes, and in
+    the attributes and items of those.
+
+    Args:
+        root: The attributes of the object. They are not kept, lest the object holds itself.
+    """
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._entries: list[tuple[dict[Any, Any] | None, Any, Any]] = []
+        self._sizes: list[tuple[dict[Any, Any], int]] = []
+        self._seen: set[int] = set()
+        self._add(None, root)
+
+    def _add(self, container: dict[Any, Any] | None, values: dict[Any, Any]) -> None:
+        if container is not None:
+            self._sizes.append((container, len(container)))
+        for key, value in values.items():
+            if type(value) in _PLAIN:
+                continue
+            if isinstance(value, Tensor):
+                self._entries.append((container, key, value))
+            elif isinstance(value, list | tuple):
+                items = dict(enumerate(value))
+                self._add(items, items)
+            elif hasattr(value, "__dict__") and not isinstance(value, type | FunctionType | State):
+                self._entries.append((container, key, value))
+                if id(value) not in self._seen:
+                    self._seen.add(id(value))
+                    self._add(vars(value), vars(value))
+        if "_modules" in values:
+            self._entries.append((container, "training", values["training"]))
+            for name in ("_parameters", "_buffers", "_modules"):
+                self._add(values[name], values[name])
+
+    def versions(self, root: dict[str, Any]) -> list[int] | None:
+        """Returns the versions of the tensors; none if anything else has changed."""
+        versions = []
+        for values, size in self._sizes:
+            if len(values) != size:
+                return None
+        for container, key, value in self._entries:
+            if (root if container is None else container).get(key) is not value:
+                return None
+            if isinstance(value, Tensor):
+                if value.is_inference():  # it may change unnoticed
+                    return None
+                versions.append(value._version)
+        return versions
+
+
+def modes(x: Tensor) -> tuple[Any, ...]:
+    """Returns the modes that decide how a computation is carried out on the device of x."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocasting(x.device.type)
+
+
+def autocasting(device: str) -> bool:
+    """Whether autocast is enabled on a device; some, such as "meta", know no autocast."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Returns a context in which matrix products keep the precision of x."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if autocasting(device) else nullcontext()
+
+
+# torch's own, as far as each unit of their output depends on one unit of their input alone.
+_MIXING = {nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin}
+ELEMENT_WISE = {getattr(nn, name) for name in activation.__all__} - _MIXING | {nn.Identity}
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module is one of torch's dropouts."""
+    return isinstance(module, _DropoutNd)
+
+
+def plain_modules(root: nn.Module) -> list[Any] | None:
+    """Returns what a module is made of, its class first, or None if the classes do not tell all.
+
+    They do not where hooks or a replaced ``forward`` may change what a module returns, or where it
+    is random.
+    """
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return None
+    parts: list[Any] = []
+    stack: list[nn.Module | None] = [root]
+    while stack:
+        module = stack.pop()
+        if module is None:
+            continue
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if module.training and isinstance(module, _DropoutNd | nn.RReLU):
+            return None
+        parts += module, type(module)
+        stack.extend(module._modules.values())
+    return parts[1:]  # without the module itself, lest a record of it keep it alive

@@ -1,0 +1,211 @@
+"""What the transforms share: checks of their input, and a small cache."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import zuko.transforms  # gives every transform 'call_and_ladj'  # noqa: F401
+from torch import Size, Tensor
+from torch.distributions import Transform, constraints
+
+from ._torch import InverseTransform, State, is_concrete, modes, versions
+from ._validate import check_broadcast, check_choice, check_event, check_shape, check_tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Converts half precision to float32, the lowest precision of solvers and determinants."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def event_dim(t: Transform) -> int:
+    """Returns the number of dimensions of a transform's events."""
+    return t._event_dim if isinstance(t, Bijection) else t.domain.event_dim
+
+
+def call_and_ladj(t: Transform, x: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
+    """Returns value and log-determinant, that of events with so many dimensions.
+
+    The transforms of this package do so without checks.
+    """
+    if isinstance(t, Bijection):
+        y, ladj = t._call_and_ladj(x)
+        dims = event_dim - t._event_dim
+    else:
+        y, ladj = t.call_and_ladj(x)  # type: ignore[attr-defined]
+        dims = event_dim - t.domain.event_dim
+    if dims > 0:
+        ladj = (ladj if dims == 1 else ladj.flatten(-dims)).sum(dim=-1)
+    return y, ladj
+
+
+def inverse(t: Transform, y: Tensor) -> Tensor:
+    """Returns the inverse, without checks if the transform is one of this package."""
+    return t._inverse(y) if isinstance(t, Bijection) else t.inv(y)
+
+
+@cache
+def _real(event_dim: int) -> constraints.Constraint:
+    return constraints.independent(constraints.real, event_dim)
+
+
+class _Pair(NamedTuple):
+    """What the cache keeps. It is read and replaced as a whole, for the sake of threads."""
+
+    x: Tensor
+    y: Tensor
+    ladj: Tensor | None
+    returned: tuple[Tensor, ...]  # x, y or both: what the transform has returned
+    state: tuple[Any, ...]
+
+
+class Bijection(Transform):
+    """A bijective transform of real tensors.
+
+    With ``cache_size=1``, the latest pair (x, y) is kept with its log-determinant, as Pyro's flows
+    keep it, and found again by a tensor that the transform has returned: a guide scores its own
+    samples at no cost. The pair counts as long as the same modes are set (gradients, inference,
+    autocast, training) and neither the pair nor the parameters have changed. Changes through
+    ``.data`` go unnoticed, here as by autograd.
+    """
+
+    bijective = True
+    sign: ClassVar[int] = +1  # of every slope, and so of the determinant
+    batch_shape = Size()
+    _event_dim = 0
+    _event_shape: Size | None = None  # if it is known
+    _cached: _Pair | None = None
+    _state: State | None = None
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """All real events."""
+        return _real(self._event_dim)
+
+    codomain = domain
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns both the transformed value and the log absolute determinant of the Jacobian."""
+        return self._call_and_ladj(self._checked("x", x))
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._call_and_ladj(x)[0]
+
+    def _checked(self, name: str, x: Any) -> Tensor:
+        """Checks an input, and lifts half precision to float32.
+
+        The methods whose names have an underscore rely on it.
+        """
+        check_tensor(name, x)
+        if self._event_shape is not None:
+            check_event(name, x, self._event_shape)
+        elif x.ndim < self._event_dim:
+            raise ValueError(
+                f"'{name}' should have at least {self._event_dim} dimensions, got {tuple(x.shape)}."
+            )
+        return at_least_float32(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Computes the transform, and keeps it if there is a cache."""
+        pair = self._known(x)
+        if pair is not None and pair.x is x:
+            self._cached = pair._replace(returned=(x, pair.y))
+            return pair.y
+        given = self._checked("x", x)
+        if self._cache_size == 0:
+            return self._call(given)
+        y, ladj = self._call_and_ladj(given)
+        self._remember(x, y, ladj, y)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        pair = self._known(y)
+        if pair is not None and pair.y is y:
+            self._cached = pair._replace(returned=(pair.x, y))
+            return pair.x
+        x = self._inverse(self._checked("y", y))
+        self._remember(x, y, None, x)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the log absolute determinant of the Jacobian at x; y is a key of the cache."""
+        pair = self._known(x, y)
+        if pair is not None and pair.x is x and pair.y is y and pair.ladj is not None:
+            return pair.ladj
+        given = self._checked("x", x)
+        self._checked("y", y)
+        check_broadcast(x=x.shape, y=y.shape)
+        return self._call_and_ladj(given)[1]
+
+    def forward_shape(self, shape: Size) -> Size:
+        """Infers the shape of the output.
+
+        As with zuko's transforms, the batch shape of the parameters has no say in it, unless a
+        transform was given a ``batch_shape``.
+        """
+        shape = check_shape("shape", shape)
+        cut = len(shape) - self.domain.event_dim
+        if cut < 0:
+            raise ValueError(
+                f"'shape' should have at least {self.event_dim} dimensions, got {tuple(shape)}."
+            )
+        return check_broadcast(shape=shape[:cut], parameters=self.batch_shape) + shape[cut:]
+
+    def inverse_shape(self, shape: Size) -> Size:
+        """Infers the shape of the input."""
+        return self.forward_shape(shape)
+
+    @property
+    def inv(self) -> Transform:
+        """The inverse transform, with ``t.inv.inv is t``."""
+        # Made anew each time: were it kept, it and its inverse would hold each other, and with them
+        # the graph of the cached pair, until the garbage collector comes by.
+        return InverseTransform(self)
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        """Returns the same transform, parameters shared, with another cache."""
+        check_choice("cache_size", cache_size, (0, 1))
+        if self._cache_size == cache_size:
+            return self
+        new = copy.copy(self)
+        new._cache_size = cache_size
+        return new
+
+    def clear_cache(self) -> None:
+        """Forgets the cached pair."""
+        self._cached = None
+
+    def _known(self, *tensors: Tensor) -> _Pair | None:
+        """Returns the cached pair, if the transform returned one of these, and would again."""
+        # First of all: whatever the compiler sees becomes a guard of the user's compiled function.
+        if self._cache_size == 0 or torch.compiler.is_compiling():
+            return None
+        pair = self._cached
+        if pair is None or not any(t is r for t in tensors for r in pair.returned):
+            return None
+        return pair if pair.state == self._state_with(pair.x, pair.y) else None
+
+    def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | None, returned: Tensor) -> None:
+        if self._cache_size == 1 and is_concrete(x, y):
+            state = self._state_with(x, y)
+            if None in state:  # perhaps because there is another module now
+                self._state = None
+                state = self._state_with(x, y)
+            self._cached = None if None in state else _Pair(x, y, ladj, (returned,), state)
+
+    def _state_with(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        """Returns what changes whenever a pair (x, y) may no longer be what it would be now."""
+        root = vars(self)
+        if self._state is None:
+            skip = ("_cached", "_state", "_inv")
+            self._state = State({k: v for k, v in root.items() if k not in skip})
+        return *modes(x), *versions(x, y), self._state.versions(root)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither copies nor pickles carry the cache: tensors with a graph can be neither.
+        return {**self.__dict__, "_inv": None, "_cached": None, "_state": None}

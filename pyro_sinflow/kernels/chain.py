@@ -1,0 +1,390 @@
+"""Chains of sinusoids: the gradient in closed form, and the inverse.
+
+Value, derivatives and gradients are linear in the waves P and Q. Where the numbers of a row share
+their parameters, small matrix products give them; where each number has its own, sums over the
+components do. Nothing of size N * K outlives a call: the backward pass keeps the inputs and slopes
+of the sinusoids, and computes the rest again.
+
+The layout is that of :mod:`pyro_sinflow.sinusoid`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .._torch import (
+    can_branch_on,
+    can_fuse,
+    differentiation_levels,
+    honours_torch_function,
+    vjp,
+)
+from ..arrays import PLAIN, Array
+from ..sinusoid import Chain, bound, constrain, sinusoids
+from ..solvers import Root, Solver, report, solve_increasing
+from . import backward, broadcast, evaluate, forward, run, tensor
+
+_FEW = 32  # components, for which matrix products, which add one after the other, lose no digits
+
+
+def _arrange(x: Array, batch: Sequence[int]) -> Array:
+    """Brings numbers, whose shape ends with the batch shape of the parameters, into the layout."""
+    n = prod(batch[-1:] if x.ndim == len(batch) else batch)
+    return x.reshape(-1, 1, n).swapaxes(0, 2)
+
+
+def _arrange_parameters(parameters: Array, own: bool, xp: SimpleNamespace) -> Array:
+    """Brings parameters, which each number may own, into the layout."""
+    *batch, m, size = parameters.shape
+    if not (own and batch):
+        return parameters.reshape(prod(batch), m, size, 1).swapaxes(0, 1)
+    n = batch[-1]
+    rows = xp.contiguous(parameters.reshape(-1, n * m * size).swapaxes(0, 1))
+    return rows.reshape(n, m, size, -1).swapaxes(0, 1)
+
+
+def _restore(x: Array, shape: Sequence[int]) -> Array:
+    """Brings numbers back into the shape from which they were arranged."""
+    return x.swapaxes(0, 2).reshape(shape)
+
+
+@dataclass(frozen=True)
+class ChainKernel:
+    """A chain of sinusoids, given its unconstrained parameters."""
+
+    min_slope: float
+    event_dim = 2
+
+    def arrange(self, x: Array, parameters: Array, xp: SimpleNamespace) -> tuple[Array, Array]:
+        """Brings numbers and parameters into the layout."""
+        batch = parameters.shape[:-2]
+        raw = _arrange_parameters(parameters, x.ndim == len(batch), xp)
+        return xp.contiguous(_arrange(x, batch)), raw
+
+    def plain(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns value and log-slope, in operations that torch can transform."""
+        value, raw = self.arrange(x, parameters, PLAIN)
+        ladj = torch.zeros_like(value)
+        for sinusoid in sinusoids(constrain(raw, self.min_slope)):
+            value, slope = sinusoid.value_and_slope(value)
+            ladj = ladj + slope.log()
+        return _restore(value, x.shape), _restore(ladj, x.shape)
+
+    def forward(
+        self, x: Array, parameters: Array, xp: SimpleNamespace
+    ) -> tuple[Array, Array, Sequence[Array]]:
+        """Returns value, log-slope and what the backward pass needs, of arrays without a graph."""
+        value, raw = self.arrange(x, parameters, xp)
+        chain = constrain(raw, self.min_slope, xp)
+        inputs, slopes = [], []
+        for function in _functions(chain, xp):
+            inputs.append(value)
+            value, slope = function(value)
+            slopes.append(slope)
+        slope = xp.stack(slopes)
+        ladj = xp.log(slope).sum(0)
+        saved = (*chain[:6], slope, *inputs[1:])
+        return _restore(value, x.shape), _restore(ladj, x.shape), saved
+
+    def backward(
+        self,
+        saved: Sequence[Array],
+        x: Array,
+        parameters: Array,
+        gy: Array,
+        gl: Array,
+        xp: SimpleNamespace,
+    ) -> tuple[Array, Array]:
+        """Returns the cotangents of numbers and parameters, given those of value and log-slope."""
+        shape, batch = x.shape, parameters.shape[:-2]
+        x, raw = self.arrange(x, parameters, xp)
+        g, gl = _arrange(gy, batch), _arrange(gl, batch)
+        chain, slopes, xs = Chain._make((*saved[:6], None)), saved[6], xp.stack((x, *saved[7:]))
+        derivative = (_ByProducts if _by_products(chain) else _BySums)(xs, chain, xp)
+        curvature = derivative.curvature()
+        g_slope = gl / slopes
+        curvature *= g_slope
+        # From the last sinusoid to the first: the cotangent of each one's value.
+        values = []
+        for i in reversed(range(len(xs))):
+            values.append(g)
+            g = g * slopes[i] + curvature[i]
+        reduced = derivative.reduce(xp.stack(values[::-1]), g_slope)
+        grads = _parameter_gradients(reduced, raw, chain, self.min_slope, xp)
+        m, b, size, own = raw.shape
+        grad = xp.concatenate(grads if size % 3 == 2 else grads[:4], 2).swapaxes(0, 1)
+        if own > 1:
+            grad = grad.reshape(b * m * size, own).swapaxes(0, 1)
+        return _restore(g, shape), grad.reshape(parameters.shape)
+
+
+class _Product(NamedTuple):
+    """One sinusoid, evaluated by a matrix product."""
+
+    frequency: Array  # (B, K, 1)
+    matrix: Array  # from the waves to value, slope and perhaps curvature, (B, R, 2K)
+    constant: Array  # (B, R, 1)
+    xp: SimpleNamespace
+
+    def evaluate(self, x: Array) -> tuple[Array, ...]:
+        rows = self.xp.matmul(self.matrix, self.xp.waves(x, self.frequency))
+        rows += self.constant
+        value, slope = x + rows[:, :1], rows[:, 1:2]
+        return (value, slope) if rows.shape[1] == 2 else (value, slope, rows[:, 2:])
+
+
+def _by_products(chain: Chain) -> bool:
+    return chain.frequency.shape[3] == 1 and chain.frequency.shape[2] <= _FEW
+
+
+def _functions(
+    chain: Chain, xp: SimpleNamespace, curvature: bool = False
+) -> list[Callable[[Array], tuple[Array, ...]]]:
+    """Returns functions that evaluate the sinusoids of a chain."""
+    functions: list[Callable[[Array], tuple[Array, ...]]] = []
+    if not _by_products(chain):
+        for s in sinusoids(chain, xp):
+            functions.append(s.evaluate if curvature else s.value_and_slope)
+        return functions
+    a, c, s = chain.frequency, chain.amplitude * chain.cosine, chain.amplitude * chain.sine
+    level = 1 + c.sum(2, keepdims=True)
+    rows = [c / a, s / a, 2 * s, -2 * c]
+    constants = [0 * level if chain.shift is None else chain.shift, level]
+    if curvature:
+        ac, as_ = a * c, a * s
+        rows += [-4 * ac, -4 * as_]
+        constants.append(2 * as_.sum(2, keepdims=True))
+    m, b, k, _ = a.shape
+    matrices = xp.concatenate(rows, 2).reshape(m, b, len(constants), 2 * k)
+    constant = xp.concatenate(constants, 2)
+    for i in range(m):
+        functions.append(_Product(a[i], matrices[i], constant[i], xp).evaluate)
+    return functions
+
+
+class _Reduced(NamedTuple):
+    """Cotangents of value and slope times waves, summed over numbers that share their parameters.
+
+    The shape is (M, B, K, P), but for the last three: (M, B, 1, P).
+    """
+
+    p: Array  # of the value, times P / a
+    q: Array  # of the value, times Q / a
+    cosine: Array  # of the slope, times cos(2ax)
+    sine: Array  # of the slope, times sin(2ax)
+    x_cosine: Array  # of the value, times x cos(2ax)
+    x_sine: Array  # of the value, times x sin(2ax)
+    curvature: Array  # of the slope, times 2x (sin(2b) cos(2ax) + cos(2b) sin(2ax))
+    total: Array  # of the value
+    cubic: Array  # of the value, times x^3
+    square: Array  # the largest x^2
+
+
+class _ByProducts:
+    """What derivatives need where numbers share their parameters."""
+
+    def __init__(self, xs: Array, chain: Chain, xp: SimpleNamespace) -> None:
+        self.xs, self.chain, self.xp = xs, chain, xp
+        self.waves = xp.waves(xs, chain.frequency)
+
+    def curvature(self) -> Array:
+        """Returns the curvatures of the sinusoids, with shape (M, B, 1, N)."""
+        chain = self.chain
+        m, b, k, _ = chain.frequency.shape
+        turned = chain.frequency * chain.amplitude
+        rows = self.xp.concatenate((turned * chain.cosine, turned * chain.sine), 2)
+        curvature = self.xp.matmul(rows.reshape(m, b, 1, 2 * k), self.waves)
+        curvature *= -4
+        curvature += 2 * rows[:, :, k:].sum(2, keepdims=True)
+        return curvature
+
+    def reduce(self, g_value: Array, g_slope: Array) -> _Reduced:
+        """Sums cotangents over the numbers of a row."""
+        chain, xp, xs = self.chain, self.xp, self.xs
+        k = chain.frequency.shape[2]
+        rows = xp.concatenate((g_value, g_slope, g_value * xs, g_slope * xs), 2)
+        products = xp.matmul(self.waves, rows.swapaxes(2, 3))  # (M, B, 2K, 4)
+        total = rows.sum(3)[:, :, None]  # (M, B, 1, 4)
+        sine = 2 * products[:, :, :k]
+        cosine = total - 2 * products[:, :, k:]
+        square = xs * xs
+        return _Reduced(
+            p=products[:, :, :k, :1] / chain.frequency,
+            q=products[:, :, k:, :1] / chain.frequency,
+            cosine=cosine[..., 1:2],
+            sine=sine[..., 1:2],
+            x_cosine=cosine[..., 2:3],
+            x_sine=sine[..., 2:3],
+            curvature=2 * (chain.sine * cosine[..., 3:] - chain.cosine * sine[..., 3:]),
+            total=total[..., :1],
+            cubic=(rows[:, :, 2:3] * square).sum(3, keepdims=True),
+            square=xp.amax(square, 3),
+        )
+
+
+class _BySums:
+    """What derivatives need where each number has its own parameters."""
+
+    def __init__(self, xs: Array, chain: Chain, xp: SimpleNamespace) -> None:
+        self.xs, self.chain, self.xp = xs, chain, xp
+        k = chain.frequency.shape[2]
+        waves = xp.waves(xs, chain.frequency)
+        self.p, self.q = waves[:, :, :k], waves[:, :, k:]
+        self.cosine = 1 - 2 * self.q
+        turned = xp.addcmul(chain.sine * self.cosine, chain.cosine, self.p, value=-2.0)
+        self.turned = turned
+
+    def curvature(self) -> Array:
+        """Returns the curvatures of the sinusoids, with shape (M, B, 1, N)."""
+        a_turned = self.turned * self.chain.amplitude
+        a_turned *= self.chain.frequency
+        return 2 * a_turned.sum(2, keepdims=True)
+
+    def reduce(self, g_value: Array, g_slope: Array) -> _Reduced:
+        """Sums cotangents over the numbers of a row, if they share their parameters."""
+        xs, p, q, cosine, xp = self.xs, self.p, self.q, self.cosine, self.xp
+        over_a = g_value / self.chain.frequency
+        value_x, square = g_value * xs, xs * xs
+        sums = (
+            over_a * p,
+            over_a * q,
+            g_slope * cosine,
+            (2 * g_slope) * p,
+            value_x * cosine,
+            (2 * value_x) * p,
+            (2 * g_slope * xs) * self.turned,
+            g_value,
+            value_x * square,
+        )
+        if self.chain.frequency.shape[3] > 1:
+            return _Reduced._make((*sums, square))
+        return _Reduced._make((*[t.sum(3, keepdims=True) for t in sums], xp.amax(square, 3)))
+
+
+def _parameter_gradients(
+    reduced: _Reduced, raw: Array, chain: Chain, min_slope: float, xp: SimpleNamespace
+) -> tuple[Array, ...]:
+    """Returns the cotangents of the unconstrained parameters."""
+    a, w, alpha, amplitude, u, v, _ = chain
+    eps = float(xp.finfo(a.dtype).eps)
+    limit = bound(min_slope, eps)
+    # The derivative of P / a by a is (x cos(2ax) - P / a) / a, a difference of nearly equal numbers
+    # where ax is small: there, it is the first term of its series.
+    squares = a * a
+    small = squares * reduced.square < eps**0.5
+    by_p = xp.where(small, squares * reduced.cubic * (-4 / 3), reduced.x_cosine - reduced.p)
+    by_q = reduced.x_sine - reduced.q
+    by_a = xp.addcmul(u * by_p, v, by_q)
+    by_a /= a
+    by_a += reduced.curvature
+    by_a *= amplitude
+    by_a *= xp.exp(raw[:, :, : a.shape[2]] - a)  # the derivative of the softplus
+    # The cotangents of c and s, and of w and alpha.
+    by_c, by_s = reduced.p + reduced.cosine, reduced.q + reduced.sine
+    by_phase = xp.addcmul(v * by_c, u, by_s, value=-1.0)
+    by_phase *= 2 * amplitude
+    by_w = xp.addcmul(u * by_c, v, by_s)
+    by_w *= w
+    by_alpha = by_w.sum(2, keepdims=True)
+    by_w -= w * by_alpha
+    by_w *= limit * alpha
+    return by_a, by_phase, by_w, limit * by_alpha * (1 - alpha * alpha), reduced.total
+
+
+class _Invert(Function):
+    """The root x of f(x) = y, with derivatives by the implicit function theorem."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: ChainKernel, y: Tensor, parameters: Tensor, solver: Solver
+    ) -> Tensor:
+        x = _root(kernel, y, parameters, solver)
+        ctx.save_for_backward(x, parameters)
+        ctx.kernel = kernel
+        ctx.set_materialize_grads(False)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None
+        kernel, (x, parameters) = ctx.kernel, ctx.saved_tensors
+        if torch.is_grad_enabled() or not can_fuse(g):
+            # The saved root is an output of this very node, to which higher orders thus recur.
+            gy = g * (-evaluate(kernel, x, parameters)[1]).exp()
+
+            def value(parameters: Tensor) -> tuple[Tensor]:
+                return (evaluate(kernel, x, parameters)[0],)
+
+            return None, gy, *vjp(value, (parameters,), (-gy,)), None
+        _, ladj, saved = forward(kernel, x, parameters)
+        gy = g * (-ladj).exp()
+        _, grad = backward(kernel, saved, x, parameters, -gy, torch.zeros_like(gy))
+        return None, gy, grad, None
+
+
+def _root(kernel: ChainKernel, y: Tensor, parameters: Tensor, solver: Solver) -> Tensor:
+    """Inverts the sinusoids of a chain, the last first."""
+    roots: list[Root] = []
+
+    def solve(y: Array, parameters: Array, xp: SimpleNamespace) -> Array:
+        rows, raw = kernel.arrange(y, parameters, xp)
+        chain = constrain(raw, kernel.min_slope, xp)
+        functions = _functions(chain, xp, curvature=True)
+        for sinusoid, fast in reversed([*zip(sinusoids(chain, xp), functions, strict=True)]):
+            roots.append(solve_increasing(sinusoid, rows, solver, fast))
+            rows = roots[-1].x
+        return _restore(rows, y.shape)
+
+    x = run(solve, kernel, y, parameters)
+    report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
+    return tensor(x)
+
+
+def _invert_plain(kernel: ChainKernel, y: Tensor, parameters: Tensor, solver: Solver) -> Tensor:
+    """Finds the root without a graph, and lets Newton steps carry the derivatives."""
+    rows, raw = kernel.arrange(y.detach(), parameters.detach(), PLAIN)
+    may_branch = can_branch_on(y, parameters)
+    roots: list[Root] = []
+    for function in reversed(sinusoids(constrain(raw, kernel.min_slope))):
+        roots.append(solve_increasing(function, rows, solver, may_branch=may_branch))
+        rows = roots[-1].x
+    if may_branch:
+        report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
+    x = _restore(rows, y.shape)
+    # Each step squares the error, so that n steps have 2^n - 1 right derivatives. torch.compile
+    # takes no more than one.
+    compiling = torch.compiler.is_compiling()
+    steps = torch.is_grad_enabled() if compiling else (differentiation_levels() + 2).bit_length()
+    for _ in range(steps):
+        value, ladj = kernel.plain(x, parameters)
+        x = x - (value - y) * (-ladj.detach() if compiling else -ladj).exp()
+    return x
+
+
+@honours_torch_function
+def invert(kernel: ChainKernel, y: Tensor, parameters: Tensor, solver: Solver) -> Tensor:
+    """Returns the numbers at which a chain of sinusoids has the values y.
+
+    Args:
+        kernel: The chain.
+        y: The values, with shape (*).
+        parameters: The parameters, whose batch shape broadcasts with that of the values.
+        solver: Method, tolerance and number of iterations.
+    """
+    y, parameters = broadcast(kernel, y, parameters)
+    if not y.numel():
+        return y + parameters.sum()
+    if not can_fuse(y, parameters):
+        return _invert_plain(kernel, y, parameters, solver)
+    if torch.is_grad_enabled() and (y.requires_grad or parameters.requires_grad):
+        return _Invert.apply(kernel, y, parameters, solver)
+    return _root(kernel, y, parameters, solver)

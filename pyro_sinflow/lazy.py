@@ -1,0 +1,393 @@
+"""Lazy transforms: modules that own parameters and, given a context, build a transform."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.distributions.conditional import ConditionalTransform
+from torch import Size, Tensor, nn
+from torch.distributions import Transform
+from zuko.lazy import LazyInverse, LazyTransform
+from zuko.nn import MLP
+from zuko.transforms import AdditiveTransform
+
+from ._validate import (
+    check_callable,
+    check_flag,
+    check_instance,
+    check_real,
+    check_size,
+    check_sizes,
+)
+from .autoregressive import NetworkMap, name_of, split
+from .bijection import at_least_float32
+from .element_wise import Affine, SinusoidalChain
+from .networks import MaskedNetwork, check_context, check_order
+from .solvers import Solver
+from .transforms import LDUTransform, TriangularTransform
+
+_FASTER = 10  # how many times faster than its parameter the log-scale of LazyAffine learns
+
+
+class Lazy(nn.Module):
+    """A module that builds a transform, given a context: a :class:`zuko.lazy.LazyTransform`.
+
+    It is registered as one instead of inheriting, because the metaclass of zuko's class would keep
+    Pyro from making a ``PyroModule`` of it.
+    """
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        """Returns the transformation, given a context."""
+        raise NotImplementedError
+
+    @property
+    def inv(self) -> LazyTransform:
+        """The lazy inverse."""
+        return LazyInverse(self)
+
+
+LazyTransform.register(Lazy)
+
+
+class LazyTriangular(Lazy):
+    r"""Creates a lazy triangular transformation.
+
+    .. math:: y_i = \tau(x_i; h_i(x_{<i}, c))
+
+    See Also:
+        :class:`pyro_sinflow.TriangularTransform` and
+        :class:`zuko.flows.autoregressive.MaskedAutoregressiveTransform`
+
+    Args:
+        network: A module that maps x, with shape :math:`(*, \text{features})`, and a context, or
+            :py:`None`, to parameters with shape :math:`(*, \text{features}, \text{outputs})`; those
+            of a feature must depend on the features before it alone.
+        features: The shape of an event.
+        univariate: The constructor of :math:`\tau`, which treats all features alike.
+        shapes: The shapes of the arguments of ``univariate``, for one feature.
+        solver: How the inverse is computed.
+
+    Raises:
+        TypeError: If ``features`` holds anything but integers.
+        ValueError: If one of them is not positive.
+
+    Example:
+        >>> network = MaskedNetwork((3,), context=2, outputs=2)
+        >>> f = zuko.transforms.MonotonicAffineTransform
+        >>> t = LazyTriangular(network, (3,), f, shapes=[(), ()])
+        >>> t(torch.randn(2))
+        TriangularTransform(univariate: MonotonicAffineTransform, features: (3,), context: (2,))
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        features: int | Sequence[int],
+        univariate: Callable[..., Transform],
+        shapes: Sequence[Sequence[int]],
+        solver: Solver = Solver(),
+    ) -> None:
+        super().__init__()
+
+        self.network = network
+        self.features = check_sizes("features", features)
+        self.univariate = univariate
+        self.shapes = [Size(s) for s in shapes]
+        self.solver = solver
+
+    def extra_repr(self) -> str:
+        """Shows the univariate transformation and the shapes of its arguments."""
+        shapes = [tuple(s) for s in self.shapes]
+        return f"(univariate): {name_of(self.univariate)}, shapes: {shapes}"
+
+    def meta(self, c: Tensor | None, x: Tensor) -> Transform:
+        """Returns the element-wise transformation, given context and features."""
+        return self.univariate(*split(self.network(x, c), self.shapes))
+
+    def forward(self, c: Tensor | None = None) -> TriangularTransform:
+        """Returns the transformation, given a context."""
+        network = self.network if type(self.network) is MaskedNetwork else None
+        function = NetworkMap(
+            partial(self.meta, c), self, network, self.univariate, self.shapes, c, self.features
+        )
+        return TriangularTransform(function, solver=self.solver)
+
+
+class LazyElementWise(Lazy):
+    """A lazy element-wise transformation with free parameters that a context may move.
+
+    Args:
+        parameters: What the free parameters start with.
+        context: The number of context features.
+        hidden_features: The numbers of hidden features of the network that sees the context.
+        activation: The activation function constructor of that network.
+    """
+
+    def __init__(
+        self,
+        parameters: Tensor,
+        context: int,
+        hidden_features: Sequence[int],
+        activation: Callable[[], nn.Module] | None,
+    ) -> None:
+        super().__init__()
+
+        self.parameter = nn.Parameter(parameters)
+        self.context = context
+        self.hyper: MLP | None = None
+        if context > 0:
+            self.hyper = MLP(context, parameters.numel(), hidden_features, activation)
+            nn.init.zeros_(self.hyper[-1].weight)
+            nn.init.zeros_(self.hyper[-1].bias)
+
+    def moved(self, c: Tensor | None) -> Tensor:
+        """Returns the parameters, moved by the context."""
+        parameter = self.parameter
+        if c is not None or self.hyper is not None:
+            check_context(c, self.context, parameter.dtype)
+        if c is not None and self.hyper is not None:
+            move = self.hyper(c.to(parameter.dtype)).to(parameter.dtype)
+            parameter = parameter + move.unflatten(-1, parameter.shape)
+        return at_least_float32(parameter)
+
+
+class LazyAffine(LazyElementWise):
+    r"""Creates a lazy element-wise affine transformation, the identity at first.
+
+    Its free log-scale counts ten times. An optimiser that moves each parameter by about the
+    learning rate, as Adam does, would else take most of its steps to fit the scale of the noise.
+
+    Args:
+        features: The shape of an event.
+        context: The number of context features.
+        hidden_features: The numbers of hidden features of the network that sees the context.
+        activation: The activation function constructor of that network.
+    """
+
+    def __init__(
+        self,
+        features: Size,
+        context: int = 0,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        super().__init__(torch.zeros(*features, 2), context, hidden_features, activation)
+
+    def forward(self, c: Tensor | None = None) -> Affine:
+        """Returns the transformation, given a context."""
+        moved = self.moved(c)
+        shift, scale = moved[..., 0], moved[..., 1]
+        if c is None:
+            return Affine(shift, scale, rate=_FASTER)
+        return Affine(shift, scale + (_FASTER - 1) * self.parameter[..., 1])
+
+
+class LazySinusoids(LazyElementWise):
+    r"""Creates a lazy chain of element-wise sinusoids, the identity at first.
+
+    Args:
+        features: The shape of an event.
+        context: The number of context features.
+        sinusoids: The number of sinusoids in the chain.
+        components: The number of components K of each.
+        min_slope: The smallest slope of each.
+        solver: How the inverse is computed.
+        hidden_features: The numbers of hidden features of the network that sees the context.
+        activation: The activation function constructor of that network.
+    """
+
+    def __init__(
+        self,
+        features: Size,
+        context: int = 0,
+        sinusoids: int = 4,
+        components: int = 4,
+        min_slope: float = 1e-3,
+        solver: Solver = Solver(),
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        shape = (*features, check_size("sinusoids", sinusoids))
+        start = initial_sinusoids(*shape, components=check_size("components", components))
+        start = torch.cat((start, torch.zeros(*shape, 1)), dim=-1)
+        super().__init__(start, context, hidden_features, activation)
+
+        self.min_slope = min_slope
+        self.solver = solver
+
+    def forward(self, c: Tensor | None = None) -> SinusoidalChain:
+        """Returns the transformation, given a context."""
+        return SinusoidalChain(self.moved(c), self.min_slope, self.solver)
+
+
+def initial_sinusoids(*shape: int, components: int) -> Tensor:
+    """Draws the parameters of sinusoids without shifts, with shape ``(*shape, 3K + 1)``.
+
+    Half a period of the slope, pi / (2a), then goes from 0.4 to 3: from a detail to the whole range
+    of standardised data. Weights and residual weights are zero.
+    """
+    frequency = torch.empty(*shape, components).uniform_(math.log(0.5), math.log(4.0)).exp()
+    frequency = frequency.expm1().log()  # the inverse of softplus
+    phase = torch.empty(*shape, components).uniform_(-math.pi / 2, math.pi / 2)
+    return torch.cat((frequency, phase, torch.zeros(*shape, components + 1)), dim=-1)
+
+
+class ConditionalLDU(Lazy):
+    r"""Creates a lazy LDU block, given a context.
+
+    .. math:: f(x | c) = (L \circ D \circ U)(x | c)
+
+    L and U scale and shift each feature by amounts that depend on the features before, or after, it
+    and on the context. D is a chain of sinusoids. The block of the paper is ``scale=False``: its L
+    and U shift features only.
+
+    It speaks zuko's protocol, ``block(c)``, and Pyro's, ``block.condition(c)``, which caches. So
+    does ``block.inv``.
+
+    See Also:
+        :class:`pyro_sinflow.LDUTransform`
+
+    Args:
+        features: The number of features, or their shape.
+        context: The number of context features.
+        sinusoids: The number of sinusoids in D ("D-scales" in the paper).
+        components: The number of components K of each.
+        scale: Whether L and U scale features, besides shifting them.
+        max_scale: The largest factor by which they do, greater than 1; one over it is the smallest.
+        context_diagonal: Whether the context moves the parameters of D as well.
+        order: The rank of each feature in L; U has the opposite order. If :py:`None`, features are
+            in ascending order.
+        min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
+        network: The constructor of the networks of L and U, which takes what
+            :class:`pyro_sinflow.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN` suits images.
+        shortcut: How many times faster than other weights a linear map from features to shifts
+            learns, which stands beside each network. If :py:`None`, there is none. 1 suits
+            densities that are fitted to data.
+        hidden_features: The numbers of hidden features of each network.
+        activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
+        residual: Whether the masked networks use residual blocks.
+        dropout: The probability that a hidden unit is dropped in training. The inverse needs
+            ``.eval()`` then, because it evaluates the network several times.
+        solver: How the inverse is computed.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size is not positive, ``order`` no permutation, a number out of range, or
+            ``activation`` mixes units.
+
+    Example:
+        >>> block = ConditionalLDU(3, context=2)
+        >>> t = block(torch.randn(2))
+        >>> x = torch.randn(5, 3)
+        >>> bool(torch.allclose(t.inv(t(x)), x, atol=1e-4))
+        True
+    """
+
+    def __init__(
+        self,
+        features: int | Sequence[int],
+        context: int = 0,
+        *,
+        sinusoids: int = 4,
+        components: int = 4,
+        scale: bool = True,
+        max_scale: float = 10.0,
+        context_diagonal: bool = False,
+        order: Sequence[int] | Tensor | None = None,
+        min_slope: float = 1e-3,
+        network: Callable[..., nn.Module] = MaskedNetwork,
+        shortcut: float | None = None,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] | None = None,
+        residual: bool = False,
+        dropout: float = 0.0,
+        solver: Solver = Solver(),
+    ) -> None:
+        super().__init__()
+
+        shape = check_sizes("features", features)
+        check_size("context", context, minimum=0)
+        check_flag("scale", scale)
+        check_real("max_scale", max_scale, 1.0, math.inf)
+        check_flag("context_diagonal", context_diagonal)
+        check_real("min_slope", min_slope, 0.0, 1.0)
+        check_callable("network", network)
+        check_instance("solver", solver, Solver)
+        rank = check_order(order, shape)
+        options: dict[str, Any] = {
+            "hidden_features": hidden_features,
+            "activation": activation,
+            "residual": residual,
+            "dropout": dropout,
+        }
+        if shortcut is not None:
+            options["shortcut"] = shortcut
+
+        def triangular(rank: Tensor) -> LazyTriangular:
+            masked = network(shape, context, outputs=1 + scale, order=rank, **options)
+            if scale:
+                univariate = partial(Affine, max_scale=max_scale)
+                return LazyTriangular(masked, shape, univariate, [(), ()], solver)
+            return LazyTriangular(masked, shape, AdditiveTransform, [()], solver)
+
+        self.features = shape
+        self.context = context
+        self.context_diagonal = context_diagonal
+        self.upper = triangular(len(rank) - 1 - rank)
+        self.diagonal = LazySinusoids(
+            shape,
+            context if context_diagonal else 0,
+            sinusoids,
+            components,
+            min_slope,
+            solver,
+            hidden_features,
+            activation,
+        )
+        self.lower = triangular(rank)
+
+    def forward(self, c: Tensor | None = None) -> LDUTransform:
+        r"""Returns the block, given a context.
+
+        Args:
+            c: The context, with shape :math:`(*, C)`, or :py:`None` if there is none.
+
+        Raises:
+            ValueError: If the context is missing, superfluous, not finite or of the wrong shape.
+            TypeError: If the context has the wrong dtype.
+        """
+        check_context(c, self.context, self.diagonal.parameter.dtype)
+        return LDUTransform(*self.parts(c))
+
+    def parts(self, c: Tensor | None = None) -> tuple[Transform, Transform, Transform]:
+        """Returns the maps U, D and L, given a context."""
+        diagonal = self.diagonal(c if self.context_diagonal else None)
+        return self.upper(c), diagonal, self.lower(c)
+
+    def condition(self, context: Tensor | None = None) -> Transform:
+        """Returns the block given a context, with a cache, as Pyro's conditional transforms do."""
+        check_context(context, self.context, self.diagonal.parameter.dtype)
+        batch_shape = Size() if context is None else context.shape[:-1]
+        return LDUTransform(*self.parts(context), batch_shape=batch_shape, cache_size=1)
+
+    @property
+    def inv(self) -> LazyTransform:
+        """The lazy inverse, which speaks both protocols as well."""
+        return ConditionalInverse(self)
+
+
+class ConditionalInverse(LazyInverse):
+    """The inverse of a conditional transform, for zuko and for Pyro."""
+
+    def condition(self, context: Tensor | None = None) -> Transform:
+        """Returns the inverse given a context, with a cache."""
+        return self.transform.condition(context).inv
+
+
+# Inheriting from zuko's and Pyro's classes at once fails on the method resolution order.
+ConditionalTransform.register(ConditionalLDU)
+ConditionalTransform.register(ConditionalInverse)

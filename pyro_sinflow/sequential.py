@@ -1,0 +1,297 @@
+r"""Forward substitution: the inverse of a map whose parameters a masked network computes.
+
+To invert :math:`y_i = \tau(x_i; h_i(x_{<i}))`, features are computed one after the other, as the
+unknowns of a triangular system of equations are. A hidden unit is computed once, as soon as the
+features that it depends on are known. A whole inverse thus evaluates the network once, in as many
+stages as there are features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zuko.nn import MaskedLinear, MaskedMLP, Residual
+
+from ._torch import ELEMENT_WISE, is_dropout, plain_modules, versions
+from .networks import MaskedNetwork, Shortcut
+
+_SIZE = 16  # features in a block, unless a single stage has more
+_KINDS = (MaskedNetwork, MaskedLinear, MaskedMLP, Residual, Shortcut, nn.Sequential)
+_FORWARD = [(kind, kind.forward) for kind in _KINDS]
+
+
+class _Skip(NamedTuple):
+    """The beginning or the end of a residual connection."""
+
+    begins: bool
+
+
+Operation = nn.Module | _Skip
+
+
+def operations(module: nn.Module) -> list[Operation]:
+    """Returns the operations of a network in their order.
+
+    Raises:
+        NotImplementedError: If there are others than masked layers, residual connections and
+            activations.
+    """
+    kind = type(module)
+    if kind is MaskedLinear:
+        return [module]
+    if kind in (nn.Sequential, MaskedMLP, Residual):
+        flat = [operation for child in module.children() for operation in operations(child)]
+        return [_Skip(True), *flat, _Skip(False)] if kind is Residual else flat
+    if is_dropout(module):  # in evaluation mode
+        return []
+    if kind not in ELEMENT_WISE or module.state_dict():
+        raise NotImplementedError(f"{kind.__name__} may mix units.")
+    return [module]
+
+
+class _Units(NamedTuple):
+    """The units of a layer, sorted by the stage in which they become known."""
+
+    order: Tensor
+    cuts: list[int]  # how many are known before each stage
+
+    sizes: list[int]  # how many become known in each stage
+
+    @classmethod
+    def sort(cls, stage: Tensor, count: int) -> _Units:
+        ordered, order = stage.sort(stable=True)
+        bounds = torch.arange(count + 1, device=stage.device)
+        cuts = torch.searchsorted(ordered, bounds)
+        return cls(order, cuts.tolist(), cuts.diff().tolist())
+
+
+class Stages:
+    """The stages of a masked network: first what depends on no feature, then the features.
+
+    The features of a stage depend on those of earlier stages alone. Fully autoregressive networks
+    have one feature in each stage, a coupling has two stages.
+
+    Args:
+        network: A :class:`zuko.nn.MaskedMLP` or :class:`~pyro_sinflow.MaskedNetwork`.
+        features: The number of features, which come before the context in the network's input.
+        size: The number of features in a block of stages, unless a single stage has more.
+
+    Raises:
+        NotImplementedError: If the network is not made of masked layers and activations alone, or
+            is not triangular.
+    """
+
+    def __init__(self, network: nn.Module, features: int, size: int = _SIZE) -> None:
+        self.modules = plain_modules(network)
+        self.features = features
+        self.shortcut: Shortcut | None = None
+        mlp: nn.Module | None = network
+        if type(network) is MaskedNetwork:
+            mlp, self.shortcut = network.mlp, network.shortcut
+        if mlp is None or self.modules is None:
+            raise NotImplementedError("The network has no layers, or may do more than they tell.")
+        self.operations = operations(mlp)
+        if not isinstance(self.operations[-1], MaskedLinear):
+            raise NotImplementedError("The last operation should be a masked layer.")
+        self.linears = [o for o in self.operations if isinstance(o, MaskedLinear)]
+        self.masked = [*self.linears, *([] if self.shortcut is None else [self.shortcut])]
+        self.masks = [layer.mask for layer in self.masked]
+        self.versions = versions(*self.masks)
+        if self.linears[0].in_features < features:
+            raise NotImplementedError(f"The network has fewer inputs than {features} features.")
+        self.stages, level = self._order(self._dependence())
+        self._sort(level)
+        self.blocks, total = [range(1)], size
+        for i in range(1, len(self.stages)):
+            if total + len(self.stages[i]) > size:
+                self.blocks.append(range(i, i))
+                total = 0
+            self.blocks[-1] = range(self.blocks[-1].start, i + 1)
+            total += len(self.stages[i])
+
+    def _dependence(self) -> Tensor:
+        """Returns which feature's parameters depend on which feature, with shape (D, D)."""
+        n, mask = self.features, self.linears[0].mask
+        reach = torch.eye(mask.shape[1], n, dtype=torch.float32, device=mask.device)
+        skips: list[Tensor] = []
+        for operation in self.operations:
+            if isinstance(operation, MaskedLinear):
+                reach = (operation.mask.float() @ reach).sign()
+            elif isinstance(operation, _Skip):
+                if operation.begins:
+                    skips.append(reach)
+                else:
+                    reach = (reach + skips.pop()).sign()
+        needs = reach.unflatten(0, (n, -1)).any(dim=1)
+        return needs if self.shortcut is None else needs | self.shortcut.mask[:, :n].bool()
+
+    def _order(self, needs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Returns the features of each stage, and the stage of each feature."""
+        level = torch.zeros(self.features, dtype=torch.long, device=needs.device)
+        missing = needs.sum(dim=1)
+        stages = [level[:0]]
+        while len(ready := (missing == 0).nonzero().squeeze(1)):
+            level[ready] = len(stages)
+            stages.append(ready)
+            missing -= needs[:, ready].sum(dim=1)
+            missing[ready] = -1
+        if not level.all():
+            raise NotImplementedError("The network is not triangular.")
+        return stages, level
+
+    def _sort(self, level: Tensor) -> None:
+        """Sorts inputs and outputs of each layer by the stage in which they become known."""
+        count, stage = len(self.stages), level
+        self.units: list[tuple[_Units, _Units]] = []
+        units = _Units.sort(stage, count)
+        skipped: list[Tensor] = []
+        for operation, following in zip(self.operations, [*self.operations[1:], None], strict=True):
+            if isinstance(operation, MaskedLinear):
+                if following is None and self.shortcut is not None:
+                    # Its inputs are more inputs of the last layer.
+                    units = _Units.sort(torch.cat((stage, level)), count)
+                mask = operation.mask[:, : len(stage)].bool()  # without the context
+                stage = torch.where(mask, stage, 0).amax(dim=1)
+                if following is None:
+                    stage = level.repeat_interleave(len(mask) // self.features)
+                elif isinstance(following, _Skip) and not following.begins:
+                    branch, stage = stage, skipped.pop()  # sorted like what they are added to
+                    if bool((branch > stage).any()):
+                        raise NotImplementedError("A residual branch sees more than it adds to.")
+                inputs, units = units, _Units.sort(stage, count)
+                self.units.append((inputs, units))
+            elif isinstance(operation, _Skip) and operation.begins:
+                skipped.append(stage)
+
+    def suit(self, network: nn.Module, features: int) -> bool:
+        """Whether they are still what these stages were made from."""
+        if self.features != features or self.modules != plain_modules(network):
+            return False
+        for kind, forward in _FORWARD:
+            if kind.forward is not forward:
+                return False
+        for layer, mask in zip(self.masked, self.masks, strict=True):
+            if layer.mask is not mask:
+                return False
+        return versions(*self.masks) == self.versions
+
+
+_stages: WeakKeyDictionary[nn.Module, Stages] = WeakKeyDictionary()
+
+
+def stages_of(network: nn.Module, features: int) -> Stages | None:
+    """Returns the stages of a network, or :py:`None` if it cannot be evaluated in stages.
+
+    They are made anew when its masks or modules have changed.
+    """
+    stages = _stages.get(network)
+    if stages is None or not stages.suit(network, features):
+        try:
+            stages = _stages[network] = Stages(network, features)
+        except NotImplementedError:
+            return None
+    return stages
+
+
+class Evaluation:
+    """An evaluation of a network, stage after stage, with the weights that it has now.
+
+    Units come first here, and rows of the batch last, so that the units of a stage are contiguous.
+    What is known before a block of stages contributes to all of the block by one matrix product, so
+    that the products of a single stage are small.
+
+    Args:
+        stages: The stages of the network.
+        c: The context, with shape (N, C) or (1, C), or :py:`None`.
+        rows: The number of rows N.
+    """
+
+    def __init__(self, stages: Stages, c: Tensor | None, rows: int) -> None:
+        self.hidden = stages.operations[:-1]
+        self.shortcut = stages.shortcut is not None
+        self.layers = []
+        n = stages.features
+        for layer, (inputs, outputs) in zip(stages.linears, stages.units, strict=True):
+            weight = (layer.mask * layer.weight).detach()
+            bias = weight.new_zeros(len(weight), 1)
+            if layer.bias is not None:
+                bias = layer.bias.detach().unsqueeze(1)
+            if layer is stages.linears[0]:
+                weight, bias = _fix_context(weight, bias, n, c)
+            if layer is stages.linears[-1] and stages.shortcut is not None:
+                direct = (stages.shortcut.mask * stages.shortcut.weight).detach()
+                direct, shift = _fix_context(direct, bias.new_zeros(n, 1), n, c)
+                others = len(weight) // n - 1  # outputs of a feature that the shortcut has none for
+                direct, shift = (
+                    F.pad(t.unsqueeze(1), (0, 0, 0, others)).flatten(0, 1) for t in (direct, shift)
+                )
+                weight, bias = torch.cat((weight, direct), dim=1), bias + shift
+            weight = weight[outputs.order].index_select(1, inputs.order)
+            known = weight.new_zeros(len(inputs.order), rows)
+            self.layers.append((weight, bias[outputs.order], inputs, outputs, known))
+        self.blocks = iter(stages.blocks)
+        self._begin(next(self.blocks))
+
+    def _begin(self, block: range) -> None:
+        """Begins a block of stages, once the units of all stages before it are known."""
+        self.stage, self.size = 0, len(block)
+        self.parts = []
+        within = slice(block.start, block.stop)
+        for weight, bias, inputs, outputs, known in self.layers:
+            before, until = inputs.cuts[block.start], inputs.cuts[block.stop]
+            new = slice(outputs.cuts[block.start], outputs.cuts[block.stop])
+            rows, sizes = weight[new], outputs.sizes[within]
+            base = torch.addmm(bias[new], rows[:, :before], known[:before])
+            current = known[before:until]
+            slots = current.split(inputs.sizes[within])
+            self.parts.append(
+                (base.split(sizes), rows[:, before:until].split(sizes), current, slots)
+            )
+
+    def advance(self, x: Tensor) -> Tensor:
+        """Takes the features of a stage, and returns the outputs for those of the next.
+
+        Args:
+            x: The features, with shape (size, N): none at first.
+
+        Returns:
+            The outputs, with shape (outputs, N).
+        """
+        stage = self.stage
+        parts = iter(self.parts)
+        features, skipped = x, []
+        for operation in self.hidden:
+            if isinstance(operation, MaskedLinear):
+                base, weight, known, slots = next(parts)
+                slots[stage].copy_(x)
+                x = base[stage].addmm_(weight[stage], known)
+            elif isinstance(operation, _Skip):
+                if operation.begins:
+                    skipped.append(x)
+                else:
+                    x = x + skipped.pop()
+            else:
+                x = operation(x)
+        *_, slots = next(parts)
+        if self.shortcut:
+            torch.cat((x, features), out=slots[stage])
+        else:
+            slots[stage].copy_(x)
+        self.stage += 1
+        if self.stage == self.size:
+            self._begin(next(self.blocks))
+        base, weight, known, _ = self.parts[-1]
+        return base[self.stage].addmm_(weight[self.stage], known)
+
+
+def _fix_context(
+    weight: Tensor, bias: Tensor, features: int, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns a layer as a function of the features alone, at a given context."""
+    if c is None:
+        return weight, bias
+    return weight[:, :features], torch.addmm(bias, weight[:, features:], c.t())
