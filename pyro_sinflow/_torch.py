@@ -202,6 +202,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if autocasting(device) else nullcontext()
 
 
+_RANDOM = (_DropoutNd, nn.RReLU)  # in training
 # torch's own, as far as each unit of their output depends on one unit of their input alone.
 _MIXING = {nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin}
 ELEMENT_WISE = {getattr(nn, name) for name in activation.__all__} - _MIXING | {nn.Identity}
@@ -228,7 +229,7 @@ def plain_modules(root: nn.Module) -> list[Any] | None:
             continue
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             return None
-        if module.training and isinstance(module, _DropoutNd | nn.RReLU):
+        if module.training and isinstance(module, _RANDOM):
             return None
         parts += module, type(module)
         stack.extend(module._modules.values())

@@ -12,9 +12,9 @@ from torch.distributions import Transform
 from zuko.utils import unpack
 
 from ._torch import autocasting, can_fuse
-from .bijection import Bijection
+from .bijection import Bijection, inverse
 from .networks import MaskedNetwork
-from .sequential import Evaluation, stages_of
+from .sequential import StagedEvaluation, Stages, WholeEvaluation, stages_of
 
 # With fewer rows than these for each stage, and in all, passes through the whole are faster.
 _LEAST, _ENOUGH = 3, 384
@@ -69,12 +69,11 @@ class AutoregressiveMap:
             f"'conditioner' should return a Transform, got {type(univariate).__name__}.{hint}"
         )
 
-    def is_triangular(self) -> bool:
-        """Whether the map is known to be triangular and deterministic, so that none need check."""
-        return False
+    def frozen(self, y: Tensor) -> FrozenInverse | None:
+        """Returns the inverse at y with the weights of now, if the map is known to be triangular.
 
-    def sequential(self, y: Tensor) -> Tensor | None:
-        """Returns the root by forward substitution, or :py:`None` where passes are faster."""
+        It must also be deterministic.
+        """
         return None
 
     def preconditioner(self) -> Tensor | None:
@@ -133,12 +132,6 @@ class NetworkMap(AutoregressiveMap):
         context = "" if self.c is None else f", context: {tuple(self.c.shape)}"
         return f"univariate: {name_of(self.univariate)}, features: {tuple(self.features)}{context}"
 
-    def is_triangular(self) -> bool:
-        """Whether the network is known to be triangular and deterministic."""
-        return (
-            self.network is not None and stages_of(self.network, self.features.numel()) is not None
-        )
-
     def preconditioner(self) -> Tensor | None:
         """Returns the preconditioner of the shortcut, as far as it is finite."""
         network = self.network
@@ -146,40 +139,82 @@ class NetworkMap(AutoregressiveMap):
             return None
         return network.shortcut.preconditioner().detach().nan_to_num(0.0, 0.0, 0.0)
 
-    def sequential(self, y: Tensor) -> Tensor | None:
-        """Returns the root by forward substitution, or :py:`None` where passes are faster."""
-        n, c = self.features.numel(), self.c
-        if self.network is None or y.device.type != "cpu" or autocasting("cpu"):
+    def frozen(self, y: Tensor) -> FrozenInverse | None:
+        """Returns the inverse at y with the weights of now, if the network has stages."""
+        c = self.c
+        if self.network is None or autocasting(y.device.type):
             return None
         if not can_fuse(y) or (c is not None and not can_fuse(c)):
             return None
-        batch = y.shape[: y.ndim - self.event_dim]
-        if c is not None:
-            batch = torch.broadcast_shapes(batch, c.shape[:-1])
-        rows = batch.numel()
-        if rows < 2 * _LEAST or y.shape[y.ndim - self.event_dim :] != self.features:
-            return None  # the stages are at least two, and take time to find
-        stages = stages_of(self.network, n)
-        if stages is None or rows < min(_LEAST * len(stages.stages), _ENOUGH):
-            return None
-        if stages.linears[0].weight.dtype != y.dtype:
+        stages = stages_of(self.network, self.features.numel())
+        if stages is None or stages.linears[0].weight.dtype != y.dtype:
             return None
         if c is not None:
+            y = y.expand(
+                *torch.broadcast_shapes(y.shape[: -self.event_dim], c.shape[:-1]), *self.features
+            )
             c = c.to(y.dtype)
             if c.shape[:-1].numel() > 1:
-                c = c.expand(*batch, -1)
+                c = c.expand(*y.shape[: -self.event_dim], -1)
             c = c.reshape(-1, c.shape[-1])
-        evaluation = Evaluation(stages, c, rows)
-        order = torch.cat(stages.stages)
-        y = y.expand(*batch, *self.features).reshape(rows, n)
-        root, roots, simple = y.new_empty(0, rows), [], not any(self.shapes)
-        for target in y[:, order].split(list(map(len, stages.stages[1:])), dim=1):
-            h = evaluation.advance(root).view(target.shape[1], -1, rows).permute(2, 0, 1)
-            tau = self.univariate(*(h.unbind(-1) if simple else unpack(h, self.shapes)))
-            root = (tau._inverse(target) if isinstance(tau, Bijection) else tau.inv(target)).t()
-            roots.append(root)
-        x = y.new_empty(n, rows).index_copy_(0, order, torch.cat(roots))
-        return x.t().reshape(*batch, *self.features)
+        return FrozenInverse(stages, self.univariate, self.shapes, y, c) if y.numel() else None
+
+
+class FrozenInverse:
+    r"""The inverse of an autoregressive map at y, with the weights of now and without a graph.
+
+    Args:
+        stages: The stages of the network.
+        univariate: The constructor of :math:`\tau`.
+        shapes: The shapes of its arguments, for one feature.
+        y: The values to invert, with shape (\*, features).
+        c: The context, with shape (N, C) or (1, C), or :py:`None`.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        univariate: Callable[..., Transform],
+        shapes: Sequence[Sequence[int]],
+        y: Tensor,
+        c: Tensor | None,
+    ) -> None:
+        self.stages = stages
+        self.univariate = univariate
+        self.split = splitter(shapes)
+        self.y, self.c = y, c
+        self.rows = y.numel() // stages.features
+        self.targets = y.reshape(self.rows, -1)
+        self._whole: WholeEvaluation | None = None
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether it takes less time to substitute features than to take passes through all."""
+        least = _LEAST * len(self.stages.stages)
+        return self.y.device.type == "cpu" and self.rows >= max(2 * _LEAST, min(least, _ENOUGH))
+
+    def step(self, x: Tensor) -> Tensor:
+        r"""Takes a pass :math:`x \leftarrow \tau^{-1}(y; h(x))`."""
+        if self._whole is None:
+            self._whole = WholeEvaluation(self.stages, self.c)
+        h = self._whole(x.reshape(self.rows, -1)).view(*self.targets.shape, -1)
+        return inverse(self.univariate(*self.split(h)), self.targets).reshape(self.y.shape)
+
+    def sequential(self) -> Tensor:
+        """Returns the root by forward substitution."""
+        evaluation = StagedEvaluation(self.stages, self.c, self.rows)
+        order = torch.cat(self.stages.stages)
+        x = self.targets.new_empty(0, self.rows)
+        parts = []
+        for targets in self.targets[:, order].split(
+            [len(s) for s in self.stages.stages[1:]], dim=1
+        ):
+            h = evaluation.advance(x).view(targets.shape[1], -1, self.rows).permute(2, 0, 1)
+            tau = self.univariate(*self.split(h))
+            x = (tau._inverse(targets) if isinstance(tau, Bijection) else tau.inv(targets)).t()
+            parts.append(x)
+        x = self.targets.new_empty(len(order), self.rows).index_copy_(0, order, torch.cat(parts))
+        return x.t().reshape(self.y.shape)
 
 
 def name_of(function: Any) -> str:
@@ -189,6 +224,6 @@ def name_of(function: Any) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-def split(h: Tensor, shapes: Sequence[Sequence[int]]) -> Sequence[Tensor]:
-    """Splits the last dimension into tensors of the given shapes."""
-    return unpack(h, shapes) if any(shapes) else h.unbind(-1)
+def splitter(shapes: Sequence[Sequence[int]]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Returns a function that splits the last dimension into tensors of the given shapes."""
+    return partial(unpack, shapes=shapes) if any(shapes) else partial(torch.unbind, dim=-1)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from zuko.lazy import (
 )
 from zuko.transforms import AutoregressiveTransform
 
-from ._torch import plain_modules
 from ._validate import (
     check_callable,
     check_choice,
@@ -256,9 +256,10 @@ def _weight_dtype(module: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def _lowered(function: Callable[[Tensor], Transform], dtype: torch.dtype, x: Tensor) -> Transform:
-    """Evaluates a conditioner whose weights are of half precision."""
-    return function(x.to(dtype))
+def _lowered(function: Callable[[Tensor], Transform], network: nn.Module, x: Tensor) -> Transform:
+    """Evaluates a conditioner in half precision, if the weights of its network are."""
+    dtype = _weight_dtype(network)
+    return function(x.to(dtype) if dtype.itemsize < 4 else x)
 
 
 class FastInverse(Lazy):
@@ -291,17 +292,15 @@ class FastInverse(Lazy):
         """Returns the transformation, given a context."""
         lazy = self.transform
         t = check_instance("transform(c)", lazy(c), AutoregressiveTransform)
-        # Transforms run in at least float32, zuko's networks in the dtype of their weights.
-        dtype = _weight_dtype(lazy.hyper)
-        meta = partial(_lowered, t.meta, dtype) if dtype.itemsize < 4 else t.meta
-        kind = type(lazy)
+        # Whether the transformation evaluates the network as zuko's own does.
+        call: Any = t.meta
         standard = (
-            kind.forward is MaskedAutoregressiveTransform.forward
-            and kind.meta is MaskedAutoregressiveTransform.meta
-            and plain_modules(lazy) is not None
+            isinstance(call, partial)
+            and call.func == MethodType(MaskedAutoregressiveTransform.meta, lazy)
+            and call.args[0] is c
         )
         function = NetworkMap(
-            meta,
+            partial(_lowered, t.meta, lazy.hyper),
             lazy,
             lazy.hyper if standard and _applies_alike(lazy.univariate) else None,
             lazy.univariate,

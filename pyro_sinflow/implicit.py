@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ._torch import can_branch_on, depends_on_more, honours_torch_function
-from .autoregressive import AutoregressiveMap
+from .autoregressive import AutoregressiveMap, FrozenInverse
 from .bijection import inverse
 from .nilpotent import cut_off, finite_events, nilpotent_iteration
 from .solvers import Solver, record
@@ -52,9 +52,10 @@ def invert(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
     if not is_validation_enabled():  # what has passed unchecked shall not spoil the batch
         finite = finite_events(y, function.event_dim)
         y = y.where(finite, 0.0)
-    x = _root(function, y.detach(), solver)
+    frozen = function.frozen(y.detach())
+    x = _root(function, frozen, y.detach(), solver)
     if torch.is_grad_enabled():
-        x = _attach(function, x, y, solver)
+        x = _attach(function, x, y, solver, frozen is not None)
     return x if finite is None else x.where(finite, torch.nan)
 
 
@@ -73,24 +74,28 @@ def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> 
     return new.where(finite_events(new, function.event_dim), torch.nan)  # what cannot be reported
 
 
-def _root(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
+def _root(
+    function: AutoregressiveMap, frozen: FrozenInverse | None, y: Tensor, solver: Solver
+) -> Tensor:
     """Finds the root without a graph."""
     banach = solver.method == "banach"
-    if not banach:
-        with torch.no_grad():
-            x = function.sequential(y)
-        if x is not None:
+    step = frozen.step if frozen is not None else lambda x: inverse(function(x), y)
+    if frozen is not None and not banach:
+        y = frozen.y
+        if frozen.is_sequential:
+            with torch.no_grad():
+                x = frozen.sequential()
             record("triangular", 1, x.numel())
             return cut_off(x, function.event_dim)[0]
     return nilpotent_iteration(
-        lambda x: inverse(function(x), y),
+        step,
         y if banach else torch.zeros_like(y),
         function.event_dim,
         solver,
         "triangular",
         function.passes,
         None if banach else function.preconditioner(),
-        function.is_triangular(),
+        frozen is not None,
     )
 
 
@@ -109,9 +114,10 @@ class _Detached(Function):
 class _Jacobian:
     """The Jacobian of a map at its root."""
 
-    def __init__(self, function: AutoregressiveMap, x: Tensor) -> None:
+    def __init__(self, function: AutoregressiveMap, x: Tensor, trusted: bool) -> None:
         leaf = x.detach().requires_grad_()
         self.function = function
+        self.trusted = trusted
         # The diagonal is the derivative by the argument of tau, the rest by the conditioner's.
         self.own, self.others = _Detached.apply(leaf)
         self.value = function(self.others)(self.own)
@@ -173,7 +179,7 @@ class _Jacobian:
             "adjoint",
             max(self._features(b) - 1, 1),  # the start is as good as a pass
             matrix,
-            self.function.is_triangular(),
+            self.trusted,
         )
         return unit * v
 
@@ -253,9 +259,11 @@ class _Step(Function):
 
 
 @honours_torch_function
-def _attach(function: AutoregressiveMap, root: Tensor, y: Tensor, solver: Solver) -> Tensor:
+def _attach(
+    function: AutoregressiveMap, root: Tensor, y: Tensor, solver: Solver, trusted: bool
+) -> Tensor:
     """Gives the root its derivatives, if there are any."""
-    jacobian = _Jacobian(function, root)
+    jacobian = _Jacobian(function, root, trusted)
     if jacobian.is_constant and not y.requires_grad:
         return root
     y = y.expand(root.shape)

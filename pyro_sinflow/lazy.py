@@ -20,10 +20,11 @@ from ._validate import (
     check_flag,
     check_instance,
     check_real,
+    check_shape,
     check_size,
     check_sizes,
 )
-from .autoregressive import NetworkMap, name_of, split
+from .autoregressive import NetworkMap, name_of, splitter
 from .bijection import at_least_float32
 from .element_wise import Affine, SinusoidalChain
 from .networks import MaskedNetwork, check_context, check_order
@@ -95,9 +96,11 @@ class LazyTriangular(Lazy):
 
         self.network = network
         self.features = check_sizes("features", features)
-        self.univariate = univariate
-        self.shapes = [Size(s) for s in shapes]
-        self.solver = solver
+        self.univariate = check_callable("univariate", univariate)
+        self.shapes = [check_shape("shapes", s) for s in shapes]
+        self.outputs = sum(s.numel() for s in self.shapes)
+        self.split = splitter(self.shapes)
+        self.solver = check_instance("solver", solver, Solver)
 
     def extra_repr(self) -> str:
         """Shows the univariate transformation and the shapes of its arguments."""
@@ -106,7 +109,13 @@ class LazyTriangular(Lazy):
 
     def meta(self, c: Tensor | None, x: Tensor) -> Transform:
         """Returns the element-wise transformation, given context and features."""
-        return self.univariate(*split(self.network(x, c), self.shapes))
+        h = self.network(x, c)
+        if h.shape[-1] != self.outputs:
+            raise ValueError(
+                f"'network' should return {self.outputs} outputs for each feature, for 'shapes' "
+                f"{[*map(tuple, self.shapes)]}, got an output of shape {tuple(h.shape)}."
+            )
+        return self.univariate(*self.split(h))
 
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""

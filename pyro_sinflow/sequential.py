@@ -101,6 +101,8 @@ class Stages:
         self.masked = [*self.linears, *([] if self.shortcut is None else [self.shortcut])]
         self.masks = [layer.mask for layer in self.masked]
         self.versions = versions(*self.masks)
+        # A product with booleans is several times slower.
+        self.factors = [layer.mask.to(layer.weight.dtype) for layer in self.linears]
         if self.linears[0].in_features < features:
             raise NotImplementedError(f"The network has fewer inputs than {features} features.")
         self.stages, level = self._order(self._dependence())
@@ -197,8 +199,78 @@ def stages_of(network: nn.Module, features: int) -> Stages | None:
     return stages
 
 
-class Evaluation:
-    """An evaluation of a network, stage after stage, with the weights that it has now.
+def frozen_weights(stages: Stages, c: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Returns weights, with shape (O, I), and biases, (O, N) or (O, 1), of a network's layers.
+
+    They are those of now, without a graph and without the context. Where there is a shortcut, the
+    features are more inputs of the last layer.
+
+    Args:
+        stages: The stages of the network.
+        c: The context, with shape (N, C) or (1, C), or :py:`None`.
+    """
+    layers, n = [], stages.features
+    for layer, factor in zip(stages.linears, stages.factors, strict=True):
+        weight = factor.to(layer.weight.dtype) * layer.weight.detach()
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+        bias = bias.unsqueeze(1)
+        if layer is stages.linears[0]:
+            weight, bias = _fix_context(weight, bias, n, c)
+        if layer is stages.linears[-1] and stages.shortcut is not None:
+            direct = (stages.shortcut.mask * stages.shortcut.weight).detach()
+            direct, shift = _fix_context(direct, weight.new_zeros(n, 1), n, c)
+            others = len(weight) // n - 1  # outputs of a feature that the shortcut has none for
+            direct = F.pad(direct.unsqueeze(1), (0, 0, 0, others)).flatten(0, 1)
+            shift = F.pad(shift.unsqueeze(1), (0, 0, 0, others)).flatten(0, 1)
+            weight, bias = torch.cat((weight, direct), dim=1), bias + shift
+        layers.append((weight, bias))
+    return layers
+
+
+def _fix_context(
+    weight: Tensor, bias: Tensor, features: int, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns a layer as a function of the features alone, at a given context."""
+    if c is None:
+        return weight, bias
+    return weight[:, :features], torch.addmm(bias, weight[:, features:], c.t())
+
+
+class WholeEvaluation:
+    """Evaluations of a network at once, with the weights that it has now and without a graph.
+
+    Args:
+        stages: The stages of the network.
+        c: The context, with shape (N, C) or (1, C), or :py:`None`.
+    """
+
+    def __init__(self, stages: Stages, c: Tensor | None) -> None:
+        self.operations = stages.operations
+        self.layers = [(w.t(), b.t()) for w, b in frozen_weights(stages, c)]
+        self.shortcut = stages.shortcut is not None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the outputs, with shape (N, outputs), at x, with shape (N, D)."""
+        layers = iter(self.layers)
+        features, skipped, last = x, [], self.operations[-1]
+        for operation in self.operations:
+            if isinstance(operation, MaskedLinear):
+                if operation is last and self.shortcut:
+                    x = torch.cat((x, features), dim=1)
+                weight, bias = next(layers)
+                x = torch.addmm(bias, x, weight)
+            elif isinstance(operation, _Skip):
+                if operation.begins:
+                    skipped.append(x)
+                else:
+                    x = x + skipped.pop()
+            else:
+                x = operation.forward(x)
+        return x
+
+
+class StagedEvaluation:
+    """An evaluation of a network, stage after stage, with its present weights, without a graph.
 
     Units come first here, and rows of the batch last, so that the units of a stage are contiguous.
     What is known before a block of stages contributes to all of the block by one matrix product, so
@@ -213,23 +285,9 @@ class Evaluation:
     def __init__(self, stages: Stages, c: Tensor | None, rows: int) -> None:
         self.hidden = stages.operations[:-1]
         self.shortcut = stages.shortcut is not None
+        weights = frozen_weights(stages, c)
         self.layers = []
-        n = stages.features
-        for layer, (inputs, outputs) in zip(stages.linears, stages.units, strict=True):
-            weight = (layer.mask * layer.weight).detach()
-            bias = weight.new_zeros(len(weight), 1)
-            if layer.bias is not None:
-                bias = layer.bias.detach().unsqueeze(1)
-            if layer is stages.linears[0]:
-                weight, bias = _fix_context(weight, bias, n, c)
-            if layer is stages.linears[-1] and stages.shortcut is not None:
-                direct = (stages.shortcut.mask * stages.shortcut.weight).detach()
-                direct, shift = _fix_context(direct, bias.new_zeros(n, 1), n, c)
-                others = len(weight) // n - 1  # outputs of a feature that the shortcut has none for
-                direct, shift = (
-                    F.pad(t.unsqueeze(1), (0, 0, 0, others)).flatten(0, 1) for t in (direct, shift)
-                )
-                weight, bias = torch.cat((weight, direct), dim=1), bias + shift
+        for (weight, bias), (inputs, outputs) in zip(weights, stages.units, strict=True):
             weight = weight[outputs.order].index_select(1, inputs.order)
             known = weight.new_zeros(len(inputs.order), rows)
             self.layers.append((weight, bias[outputs.order], inputs, outputs, known))
@@ -286,12 +344,3 @@ class Evaluation:
             self._begin(next(self.blocks))
         base, weight, known, _ = self.parts[-1]
         return base[self.stage].addmm_(weight[self.stage], known)
-
-
-def _fix_context(
-    weight: Tensor, bias: Tensor, features: int, c: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Returns a layer as a function of the features alone, at a given context."""
-    if c is None:
-        return weight, bias
-    return weight[:, :features], torch.addmm(bias, weight[:, features:], c.t())
