@@ -217,7 +217,10 @@ class _Count(Function):
                 "'Solver(derivatives=...)' allows: raise it, or take the explicit direction."
             )
         (x,) = ctx.saved_tensors
-        return _Count.apply(g, x, ctx.times - 1), None, None
+        left = ctx.times - 1
+        # The derivative by x is zero, and counted as well: g may be a constant.
+        zero = _Count.apply(torch.zeros_like(x), x, left) if torch.is_grad_enabled() else None
+        return _Count.apply(g, x, left), zero, None
 
 
 class _Step(Function):
