@@ -17,7 +17,7 @@ T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
 
 
-def check_tensor(name: str, x: Any) -> None:
+def tensor(name: str, x: Any) -> None:
     """Requires a floating-point tensor without NaN or infinity.
 
     As Pyro's distributions do, it lets values pass where validation is off. MCMC relies on that: a
@@ -39,7 +39,7 @@ def check_tensor(name: str, x: Any) -> None:
             )
 
 
-def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+def dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
     """Requires the dtype of the parameters, once half precision is lifted to float32.
 
     Autocast mixes dtypes on purpose, and is let through.
@@ -52,29 +52,29 @@ def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def check_event(name: str, x: Tensor, event_shape: Size) -> None:
+def event(name: str, x: Tensor, event_shape: Size) -> None:
     """Requires that the shape ends with ``event_shape``."""
     if x.shape[max(x.ndim - len(event_shape), 0) :] != event_shape:
         expected = ", ".join(["*", *map(str, event_shape)])
         raise ValueError(f"'{name}' should have shape ({expected}), got {tuple(x.shape)}.")
 
 
-def broadcast(*shapes: Size) -> Size:
+def common_shape(*shapes: Size) -> Size:
     """Returns the shape that shapes broadcast to, at no cost where they are equal."""
     first, *rest = shapes
     return first if all(shape == first for shape in rest) else torch.broadcast_shapes(*shapes)
 
 
-def check_broadcast(**shapes: Size) -> Size:
+def broadcast(**shapes: Size) -> Size:
     """Requires shapes that broadcast together, and returns the common one."""
     try:
-        return broadcast(*shapes.values())
+        return common_shape(*shapes.values())
     except RuntimeError:
         given = ", ".join(f"'{name}' {tuple(shape)}" for name, shape in shapes.items())
         raise ValueError(f"Shapes should broadcast together, got {given}.") from None
 
 
-def check_size(name: str, n: Any, minimum: int = 1) -> int:
+def size(name: str, n: Any, minimum: int = 1) -> int:
     """Requires an integer of at least ``minimum``, and returns it as an int."""
     try:
         if isinstance(n, bool):
@@ -87,23 +87,23 @@ def check_size(name: str, n: Any, minimum: int = 1) -> int:
     return value
 
 
-def check_sizes(name: str, sizes: Any) -> Size:
+def sizes(name: str, sizes: Any) -> Size:
     """Requires a non-empty sequence of positive integers; an int stands for a sequence of one."""
     if not isinstance(sizes, Iterable) or isinstance(sizes, str | Tensor):
-        return Size([check_size(name, sizes)])
+        return Size([size(name, sizes)])
     if len(sizes := tuple(sizes)) == 0:
         raise ValueError(f"'{name}' should hold at least one integer, got {sizes}.")
-    return Size(check_size(name, n) for n in sizes)
+    return Size(size(name, n) for n in sizes)
 
 
-def check_shape(name: str, shape: Any) -> Size:
+def shape(name: str, shape: Any) -> Size:
     """Requires a sequence of integers of at least 0, which may be empty."""
     if not isinstance(shape, Iterable) or isinstance(shape, str | Tensor):
         raise TypeError(f"'{name}' should be a sequence of integers, got {shape!r}.")
-    return Size(check_size(name, n, minimum=0) for n in shape)
+    return Size(size(name, n, minimum=0) for n in shape)
 
 
-def check_real(name: str, value: Any, low: float, high: float, closed: bool = False) -> float:
+def real(name: str, value: Any, low: float, high: float, closed: bool = False) -> float:
     """Requires a number in the open interval ``(low, high)``, or with ``closed`` in [low, high)."""
     if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
         raise TypeError(f"'{name}' should be a number, got {value!r}.")
@@ -113,27 +113,27 @@ def check_real(name: str, value: Any, low: float, high: float, closed: bool = Fa
     return float(value)
 
 
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Requires one of the choices."""
     if value not in choices:
         raise ValueError(f"'{name}' should be one of {choices}, got {value!r}.")
 
 
-def check_instance(name: str, value: Any, cls: type[T]) -> T:
+def instance(name: str, value: Any, cls: type[T]) -> T:
     """Requires an instance of a class, and returns it."""
     if not isinstance(value, cls):
         raise TypeError(f"'{name}' should be a {cls.__name__}, got {type(value).__name__}.")
     return value
 
 
-def check_callable(name: str, value: C) -> C:
+def function(name: str, value: C) -> C:
     """Requires something that can be called, and returns it."""
     if not callable(value):
         raise TypeError(f"'{name}' should be callable, got {value!r}.")
     return value
 
 
-def check_flag(name: str, value: Any) -> None:
+def flag(name: str, value: Any) -> None:
     """Requires a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"'{name}' should be True or False, got {value!r}.")

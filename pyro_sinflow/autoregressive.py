@@ -218,10 +218,12 @@ class FrozenInverse:
 
 
 def name_of(function: Any) -> str:
-    """Returns the name of a function or class, inside of partials."""
-    while isinstance(function, partial):
-        function = function.func
-    return getattr(function, "__qualname__", type(function).__name__)
+    """Returns the name of a function or class, with the numbers that partials bind."""
+    if not isinstance(function, partial):
+        return getattr(function, "__qualname__", type(function).__name__)
+    bound = {k: v for k, v in function.keywords.items() if isinstance(v, int | float)}
+    options = ", ".join(f"{k}={v}" for k, v in bound.items())
+    return f"{name_of(function.func)}({options})" if options else name_of(function.func)
 
 
 def splitter(shapes: Sequence[Sequence[int]]) -> Callable[[Tensor], Sequence[Tensor]]:

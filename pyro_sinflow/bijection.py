@@ -11,8 +11,8 @@ import zuko.transforms  # gives every transform 'call_and_ladj'  # noqa: F401
 from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
+from . import _validate as check
 from ._torch import InverseTransform, State, is_concrete, modes, versions
-from ._validate import check_broadcast, check_choice, check_event, check_shape, check_tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -101,9 +101,9 @@ class Bijection(Transform):
 
         The methods whose names have an underscore rely on it.
         """
-        check_tensor(name, x)
+        check.tensor(name, x)
         if self._event_shape is not None:
-            check_event(name, x, self._event_shape)
+            check.event(name, x, self._event_shape)
         elif x.ndim < self._event_dim:
             raise ValueError(
                 f"'{name}' should have at least {self._event_dim} dimensions, got {tuple(x.shape)}."
@@ -139,7 +139,7 @@ class Bijection(Transform):
             return pair.ladj
         given = self._checked("x", x)
         self._checked("y", y)
-        check_broadcast(x=x.shape, y=y.shape)
+        check.broadcast(x=x.shape, y=y.shape)
         return self._call_and_ladj(given)[1]
 
     def forward_shape(self, shape: Size) -> Size:
@@ -148,13 +148,13 @@ class Bijection(Transform):
         As with zuko's transforms, the batch shape of the parameters has no say in it, unless a
         transform was given a ``batch_shape``.
         """
-        shape = check_shape("shape", shape)
+        shape = check.shape("shape", shape)
         cut = len(shape) - self.domain.event_dim
         if cut < 0:
             raise ValueError(
                 f"'shape' should have at least {self.event_dim} dimensions, got {tuple(shape)}."
             )
-        return check_broadcast(shape=shape[:cut], parameters=self.batch_shape) + shape[cut:]
+        return check.broadcast(shape=shape[:cut], parameters=self.batch_shape) + shape[cut:]
 
     def inverse_shape(self, shape: Size) -> Size:
         """Infers the shape of the input."""
@@ -169,7 +169,7 @@ class Bijection(Transform):
 
     def with_cache(self, cache_size: int = 1) -> Transform:
         """Returns the same transform, parameters shared, with another cache."""
-        check_choice("cache_size", cache_size, (0, 1))
+        check.choice("cache_size", cache_size, (0, 1))
         if self._cache_size == cache_size:
             return self
         new = copy.copy(self)

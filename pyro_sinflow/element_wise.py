@@ -9,15 +9,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from ._validate import (
-    broadcast,
-    check_broadcast,
-    check_choice,
-    check_dtype,
-    check_instance,
-    check_real,
-    check_tensor,
-)
+from . import _validate as check
 from .bijection import Bijection, at_least_float32
 from .kernels import evaluate
 from .kernels.chain import ChainKernel, invert
@@ -167,8 +159,8 @@ class SinusoidalTransform(SinusoidalChain):
         vectors = {"frequency": frequency, "phase": phase, "weight": weight}
         tensors = {**vectors, "residual": residual, "shift": shift}
         for name, tensor in tensors.items():
-            check_tensor(name, tensor)
-            check_dtype(name, tensor, frequency.dtype)
+            check.tensor(name, tensor)
+            check.dtype(name, tensor, frequency.dtype)
         for name, tensor in vectors.items():
             shape = tensor.shape
             if not shape or shape[-1] == 0 or shape[-1] != frequency.shape[-1]:
@@ -177,8 +169,8 @@ class SinusoidalTransform(SinusoidalChain):
                     f"'phase' and 'weight', got {tuple(shape)}."
                 )
         shapes = {n: t.shape[:-1] if n in vectors else t.shape for n, t in tensors.items()}
-        check_broadcast(**shapes)
-        check_choice("cache_size", cache_size, (0, 1))
+        check.broadcast(**shapes)
+        check.choice("cache_size", cache_size, (0, 1))
         Bijection.__init__(self, cache_size=cache_size)
 
         self.frequency = frequency
@@ -186,8 +178,8 @@ class SinusoidalTransform(SinusoidalChain):
         self.weight = weight
         self.residual = residual
         self.shift = shift
-        self.min_slope = check_real("min_slope", min_slope, 0.0, 1.0)
-        self.solver = check_instance("solver", solver, Solver)
+        self.min_slope = check.real("min_slope", min_slope, 0.0, 1.0)
+        self.solver = check.instance("solver", solver, Solver)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.frequency, self.phase, self.weight, self.residual, self.shift
@@ -196,7 +188,7 @@ class SinusoidalTransform(SinusoidalChain):
     def parameter_shape(self) -> Size:
         """The shape that the parameters broadcast to, without the components."""
         *vectors, residual, shift = self._tensors()
-        return broadcast(*(t.shape[:-1] for t in vectors), residual.shape, shift.shape)
+        return check.common_shape(*(t.shape[:-1] for t in vectors), residual.shape, shift.shape)
 
     def _chain(self) -> Tensor:
         """Returns the parameters as those of a chain of one sinusoid."""
@@ -214,6 +206,6 @@ class SinusoidalTransform(SinusoidalChain):
 
     def _checked(self, name: str, x: Any) -> Tensor:
         lifted = super()._checked(name, x)
-        check_dtype(name, x, self.frequency.dtype)
-        check_broadcast(**{name: x.shape, "parameters": self.parameter_shape})
+        check.dtype(name, x, self.frequency.dtype)
+        check.broadcast(**{name: x.shape, "parameters": self.parameter_shape})
         return lifted

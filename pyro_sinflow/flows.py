@@ -23,15 +23,7 @@ from zuko.lazy import (
 )
 from zuko.transforms import AutoregressiveTransform
 
-from ._validate import (
-    check_callable,
-    check_choice,
-    check_flag,
-    check_instance,
-    check_real,
-    check_size,
-    check_sizes,
-)
+from . import _validate as check
 from .autoregressive import NetworkMap
 from .element_wise import Affine, SinusoidalChain
 from .lazy import ConditionalLDU, Lazy, LazyAffine, LazyTriangular, initial_sinusoids
@@ -128,13 +120,13 @@ class SinusoidalFlow(Flow):
         dropout: float = 0.0,
         solver: Solver = Solver(),
     ) -> None:
-        shape = check_sizes("features", features)
-        check_size("context", context, minimum=0)
-        check_size("transforms", transforms)
-        check_flag("randperm", randperm)
-        check_choice("conditioner", conditioner, ("independent", "autoregressive"))
-        check_flag("scale", scale)
-        check_flag("context_diagonal", context_diagonal)
+        shape = check.sizes("features", features)
+        check.size("context", context, minimum=0)
+        check.size("transforms", transforms)
+        check.flag("randperm", randperm)
+        check.choice("conditioner", conditioner, ("independent", "autoregressive"))
+        check.flag("scale", scale)
+        check.flag("context_diagonal", context_diagonal)
         independent = conditioner == "independent"
         if not independent and (not scale or context_diagonal):
             name = "context_diagonal" if scale else "scale"
@@ -177,7 +169,7 @@ class SinusoidalFlow(Flow):
         super().__init__(_LazyComposition(*lazy), base)
 
 
-def _affine_chain(
+def affine_sinusoids(
     shift: Tensor,
     scale: Tensor,
     parameters: Tensor,
@@ -209,12 +201,12 @@ def _autoregressive(
 
     The arguments are those of :class:`SinusoidalFlow`, and options of the network.
     """
-    check_size("sinusoids", sinusoids)
-    check_size("components", components)
-    check_real("min_slope", min_slope, 0.0, 1.0)
-    check_real("max_scale", max_scale, 1.0, math.inf)
-    check_callable("network", network)
-    check_instance("solver", solver, Solver)
+    check.size("sinusoids", sinusoids)
+    check.size("components", components)
+    check.real("min_slope", min_slope, 0.0, 1.0)
+    check.real("max_scale", max_scale, 1.0, math.inf)
+    check.function("network", network)
+    check.instance("solver", solver, Solver)
     shapes = [(), (), (sinusoids, 3 * components + 1)]
     outputs = 2 + sinusoids * (3 * components + 1)
     if shortcut is not None:
@@ -229,7 +221,7 @@ def _autoregressive(
     n = features.numel()
     start = initial_sinusoids(n, sinusoids, components=components).flatten(1)
     masked.set_bias(torch.cat((torch.zeros(n, 2), start), dim=1))
-    univariate = partial(_affine_chain, max_scale=max_scale, min_slope=min_slope, solver=solver)
+    univariate = partial(affine_sinusoids, max_scale=max_scale, min_slope=min_slope, solver=solver)
 
     return LazyTriangular(masked, features, univariate, shapes, solver)
 
@@ -285,13 +277,13 @@ class FastInverse(Lazy):
     def __init__(self, transform: MaskedAutoregressiveTransform, solver: Solver = Solver()) -> None:
         super().__init__()
 
-        self.transform = check_instance("transform", transform, MaskedAutoregressiveTransform)
-        self.solver = check_instance("solver", solver, Solver)
+        self.transform = check.instance("transform", transform, MaskedAutoregressiveTransform)
+        self.solver = check.instance("solver", solver, Solver)
 
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""
         lazy = self.transform
-        t = check_instance("transform(c)", lazy(c), AutoregressiveTransform)
+        t = check.instance("transform(c)", lazy(c), AutoregressiveTransform)
         # Whether the transformation evaluates the network as zuko's own does.
         call: Any = t.meta
         standard = (
@@ -335,8 +327,8 @@ def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
         >>> bool(torch.allclose(fast().log_prob(x), nsf().log_prob(x)))
         True
     """
-    check_instance("flow", flow, Flow)
-    check_instance("solver", solver, Solver)
+    check.instance("flow", flow, Flow)
+    check.instance("solver", solver, Solver)
     found = False
 
     def convert(lazy: LazyTransform) -> LazyTransform:

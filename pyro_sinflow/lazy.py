@@ -15,15 +15,7 @@ from zuko.lazy import LazyInverse, LazyTransform
 from zuko.nn import MLP
 from zuko.transforms import AdditiveTransform
 
-from ._validate import (
-    check_callable,
-    check_flag,
-    check_instance,
-    check_real,
-    check_shape,
-    check_size,
-    check_sizes,
-)
+from . import _validate as check
 from .autoregressive import NetworkMap, name_of, splitter
 from .bijection import at_least_float32
 from .element_wise import Affine, SinusoidalChain
@@ -95,12 +87,12 @@ class LazyTriangular(Lazy):
         super().__init__()
 
         self.network = network
-        self.features = check_sizes("features", features)
-        self.univariate = check_callable("univariate", univariate)
-        self.shapes = [check_shape("shapes", s) for s in shapes]
+        self.features = check.sizes("features", features)
+        self.univariate = check.function("univariate", univariate)
+        self.shapes = [check.shape("shapes", s) for s in shapes]
         self.outputs = sum(s.numel() for s in self.shapes)
         self.split = splitter(self.shapes)
-        self.solver = check_instance("solver", solver, Solver)
+        self.solver = check.instance("solver", solver, Solver)
 
     def extra_repr(self) -> str:
         """Shows the univariate transformation and the shapes of its arguments."""
@@ -220,13 +212,18 @@ class LazySinusoids(LazyElementWise):
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] | None = None,
     ) -> None:
-        shape = (*features, check_size("sinusoids", sinusoids))
-        start = initial_sinusoids(*shape, components=check_size("components", components))
+        shape = (*features, check.size("sinusoids", sinusoids))
+        start = initial_sinusoids(*shape, components=check.size("components", components))
         start = torch.cat((start, torch.zeros(*shape, 1)), dim=-1)
         super().__init__(start, context, hidden_features, activation)
 
         self.min_slope = min_slope
         self.solver = solver
+
+    def extra_repr(self) -> str:
+        """Shows the sizes of the chain."""
+        *_, sinusoids, size = self.parameter.shape
+        return f"sinusoids: {sinusoids}, components: {size // 3}, min_slope: {self.min_slope}"
 
     def forward(self, c: Tensor | None = None) -> SinusoidalChain:
         """Returns the transformation, given a context."""
@@ -250,38 +247,17 @@ class ConditionalLDU(Lazy):
 
     .. math:: f(x | c) = (L \circ D \circ U)(x | c)
 
-    L and U scale and shift each feature by amounts that depend on the features before, or after, it
-    and on the context. D is a chain of sinusoids. The block of the paper is ``scale=False``: its L
-    and U shift features only.
-
     It speaks zuko's protocol, ``block(c)``, and Pyro's, ``block.condition(c)``, which caches. So
     does ``block.inv``.
 
     See Also:
-        :class:`pyro_sinflow.LDUTransform`
+        :class:`pyro_sinflow.LDU` and :class:`pyro_sinflow.LDUTransform`
 
     Args:
         features: The number of features, or their shape.
         context: The number of context features.
-        sinusoids: The number of sinusoids in D ("D-scales" in the paper).
-        components: The number of components K of each.
-        scale: Whether L and U scale features, besides shifting them.
-        max_scale: The largest factor by which they do, greater than 1; one over it is the smallest.
         context_diagonal: Whether the context moves the parameters of D as well.
-        order: The rank of each feature in L; U has the opposite order. If :py:`None`, features are
-            in ascending order.
-        min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
-        network: The constructor of the networks of L and U, which takes what
-            :class:`pyro_sinflow.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN` suits images.
-        shortcut: How many times faster than other weights a linear map from features to shifts
-            learns, which stands beside each network. If :py:`None`, there is none. 1 suits
-            densities that are fitted to data.
-        hidden_features: The numbers of hidden features of each network.
-        activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
-        residual: Whether the masked networks use residual blocks.
-        dropout: The probability that a hidden unit is dropped in training. The inverse needs
-            ``.eval()`` then, because it evaluates the network several times.
-        solver: How the inverse is computed.
+        sinusoids, ..., solver: The options of :class:`pyro_sinflow.LDU`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -318,14 +294,14 @@ class ConditionalLDU(Lazy):
     ) -> None:
         super().__init__()
 
-        shape = check_sizes("features", features)
-        check_size("context", context, minimum=0)
-        check_flag("scale", scale)
-        check_real("max_scale", max_scale, 1.0, math.inf)
-        check_flag("context_diagonal", context_diagonal)
-        check_real("min_slope", min_slope, 0.0, 1.0)
-        check_callable("network", network)
-        check_instance("solver", solver, Solver)
+        shape = check.sizes("features", features)
+        check.size("context", context, minimum=0)
+        check.flag("scale", scale)
+        check.real("max_scale", max_scale, 1.0, math.inf)
+        check.flag("context_diagonal", context_diagonal)
+        check.real("min_slope", min_slope, 0.0, 1.0)
+        check.function("network", network)
+        check.instance("solver", solver, Solver)
         rank = check_order(order, shape)
         options: dict[str, Any] = {
             "hidden_features": hidden_features,

@@ -10,7 +10,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
-from ._validate import check_size, check_sizes
+from . import _validate as check
 from .element_wise import SinusoidalTransform
 from .lazy import ConditionalLDU, initial_sinusoids
 from .networks import MaskedNetwork
@@ -50,8 +50,8 @@ class Sinusoidal(SinusoidalTransform, TransformModule):
         min_slope: float = 1e-3,
         solver: Solver = Solver(),
     ) -> None:
-        shape = check_sizes("features", features)
-        k = check_size("components", components)
+        shape = check.sizes("features", features)
+        k = check.size("components", components)
         start = initial_sinusoids(*shape, components=k)
         parameters = (*start[..., :-1].split(k, dim=-1), start[..., -1], torch.zeros(shape))
         super().__init__(
@@ -95,9 +95,10 @@ class LDU(LDUTransform, TransformModule):
             in ascending order.
         min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
         network: The constructor of the networks of L and U, which takes what
-            :class:`pyro_sinflow.MaskedNetwork` takes.
+            :class:`pyro_sinflow.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN` suits images.
         shortcut: How many times faster than other weights a linear map from features to shifts
-            learns, which stands beside each network. If :py:`None`, there is none.
+            learns, which stands beside each network. If :py:`None`, there is none. 1 suits
+            densities that are fitted to data.
         hidden_features: The numbers of hidden features of each network.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
         residual: Whether the masked networks use residual blocks.

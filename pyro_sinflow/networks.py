@@ -10,18 +10,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
-from ._validate import (
-    check_broadcast,
-    check_callable,
-    check_dtype,
-    check_event,
-    check_flag,
-    check_real,
-    check_shape,
-    check_size,
-    check_sizes,
-    check_tensor,
-)
+from . import _validate as check
 
 _PROBES = 64  # units whose influence on others is tested
 
@@ -34,9 +23,9 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
     elif c is None:
         raise ValueError(f"The context should be a tensor of shape (*, {context}), got None.")
     else:
-        check_tensor("context", c)
-        check_event("context", c, Size([context]))
-        check_dtype("context", c, dtype)
+        check.tensor("context", c)
+        check.event("context", c, Size([context]))
+        check.dtype("context", c, dtype)
 
 
 def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
@@ -60,12 +49,12 @@ def check_activation(
     Returns:
         The constructor of the activation, which dropout follows unless its probability is zero.
     """
-    check_real("dropout", dropout, 0.0, 1.0, closed=True)
+    check.real("dropout", dropout, 0.0, 1.0, closed=True)
     if isinstance(activation, nn.Module):  # which can be called, but not for this
         raise TypeError(
             f"'activation' should be a constructor, such as torch.nn.ReLU, got {activation}."
         )
-    make = nn.ReLU if activation is None else check_callable("activation", activation)
+    make = nn.ReLU if activation is None else check.function("activation", activation)
     return make if dropout == 0 else lambda: nn.Sequential(make(), nn.Dropout(dropout))
 
 
@@ -130,6 +119,10 @@ class Shortcut(nn.Module):
 
         self.weight = nn.Parameter(torch.zeros(adjacency.shape))
         self.register_buffer("mask", rate * adjacency.to(self.weight.dtype))
+
+    def extra_repr(self) -> str:
+        """Shows how many times faster than other weights it learns."""
+        return f"rate: {float(self.mask.max()):g}"
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Returns the shifts, with shape :math:`(*, D)`."""
@@ -196,13 +189,13 @@ class MaskedNetwork(nn.Module):
     ) -> None:
         super().__init__()
 
-        self.features = check_sizes("features", features)
-        self.context = check_size("context", context, minimum=0)
-        self.outputs = check_size("outputs", outputs)
-        sizes = check_shape("hidden_features", hidden_features)
-        hidden = [check_size("hidden_features", h) for h in sizes]
-        check_flag("residual", residual)
-        check_real("shortcut", shortcut, 0.0, math.inf, closed=True)
+        self.features = check.sizes("features", features)
+        self.context = check.size("context", context, minimum=0)
+        self.outputs = check.size("outputs", outputs)
+        sizes = check.shape("hidden_features", hidden_features)
+        hidden = [check.size("hidden_features", h) for h in sizes]
+        check.flag("residual", residual)
+        check.real("shortcut", shortcut, 0.0, math.inf, closed=True)
         rank = check_order(order, self.features)
         activate = check_activation(activation, dropout)
 
@@ -262,8 +255,8 @@ class MaskedNetwork(nn.Module):
         """
         bias, n = self.bias, len(self.features)
         if x.shape[-n:] != self.features or x.dtype != bias.dtype:
-            check_event("x", x, self.features)
-            check_dtype("x", x, bias.dtype)
+            check.event("x", x, self.features)
+            check.dtype("x", x, bias.dtype)
         if c is not None or self.context > 0:
             check_context(c, self.context, bias.dtype)
         if self.mlp is None:
@@ -292,5 +285,5 @@ def join(x: Tensor, c: Tensor | None) -> Tensor:
     """
     if c is None:
         return x
-    batch = check_broadcast(x=x.shape[:-1], context=c.shape[:-1])
+    batch = check.broadcast(x=x.shape[:-1], context=c.shape[:-1])
     return torch.cat((x.expand(*batch, -1), c.expand(*batch, -1)), dim=-1)

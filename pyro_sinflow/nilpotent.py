@@ -105,8 +105,7 @@ def nilpotent_iteration(
     """Iterates a nilpotent step until it converges, at most as many times as there are features.
 
     With a preconditioner that turns out to be of no use, the plain step may take as many passes
-    again. The first pass runs in the grad mode that is set, so that what caches its results, as
-    parametrizations and autocast do, caches them with a graph; the others run without.
+    again.
 
     Args:
         step: The step.
@@ -126,7 +125,7 @@ def nilpotent_iteration(
         InversionWarning: If some events leave it, or the tolerance is missed because
             ``solver.max_iter`` is small.
     """
-    features, most = prod(x.shape[x.ndim - event_dim :]), largest(x.dtype)
+    features = prod(x.shape[x.ndim - event_dim :])
     bound = min(features, passes or features)
     if trusted and bound <= _FEW and preconditioner is None and solver.max_iter is None:
         # To find out whether fewer passes are enough takes longer than to take them.
@@ -134,48 +133,65 @@ def nilpotent_iteration(
         with torch.no_grad():
             for _ in range(bound):
                 new = step(new)
-        if new.numel() and float(new.abs().max()) < most:  # False for NaN
+        if new.numel() and float(new.abs().max()) < largest(x.dtype):  # False for NaN
             record(problem, bound, new.numel())
             return new
     exact = bound if preconditioner is None else 2 * bound
     limit = min(solver.max_iter or (100 if solver.method == "banach" else exact), exact)
     aim, tolerance = solver.tolerances(torch.finfo(x.dtype).eps)
     ahead = None if preconditioner is None else _Preconditioner(preconditioner, event_dim, x)
-
-    graph, iteration = torch.is_grad_enabled(), 0
-    while iteration < limit:
-        with torch.set_grad_enabled(graph and iteration == 0):
-            new = step(x).detach()
-        iteration += 1
-        if ahead is not None and iteration <= bound:
-            new = ahead(x, new)
-        if iteration == limit and trusted and limit >= exact:
-            record(problem, iteration, new.numel())
-            return cut_off(new, event_dim)[0]
-        worst = torch.inf
-        if iteration > 1 and new.numel():  # the first pass is hardly ever the last
-            worst = float(((new - x).abs() / (1 + new.abs())).max())
-        x = new.clamp(-most, most)
-        if not isfinite(worst):
-            x = x.nan_to_num(nan=0.0)
-        if worst <= aim or not new.numel():
-            break
-    record(problem, iteration, x.numel())
-    if worst <= aim or not x.numel():
+    x, new, iterations, error = _iterate(step, x, limit, aim, ahead, bound)
+    record(problem, iterations, x.numel())
+    if error <= aim:
         return x
-    if features == 1:  # one pass is exact
+    is_exact = limit >= exact
+    if features == 1 or (trusted and is_exact):
         return cut_off(new, event_dim)[0]
-    # The bound makes x exact, if the map is what it should be: one more pass tells.
+    # One more pass tells whether x is exact, as it should be.
     with torch.no_grad():
         new, inside = cut_off(step(x), event_dim)
     change = (new - x).abs() / (1 + new.abs())
-    worst = float((change if inside is None else change[inside]).max())
-    if not worst <= tolerance:
-        message = missed(problem, worst, tolerance, limit)
-        if limit >= exact and not worst <= torch.finfo(x.dtype).eps ** 0.5:
+    error = float((change if inside is None else change[inside]).max())
+    if not error <= tolerance:
+        message = missed(problem, error, tolerance, limit)
+        if is_exact and not error <= torch.finfo(x.dtype).eps ** 0.5:
             raise InversionError(
                 f"{message} {limit} passes are exact for every triangular map: this one is not "
                 "triangular or not deterministic. Call '.eval()' if it has dropout."
             )
         warnings.warn(message, InversionWarning, stacklevel=2)
     return x if inside is None else torch.where(inside, x, new)
+
+
+def _iterate(
+    step: Callable[[Tensor], Tensor],
+    x: Tensor,
+    limit: int,
+    aim: float,
+    ahead: _Preconditioner | None,
+    bound: int,
+) -> tuple[Tensor, Tensor, int, float]:
+    """Takes passes until nothing changes by more than the aim, preconditioned up to the bound.
+
+    The first pass runs in the grad mode that is set, so that what caches its results, as
+    parametrizations and autocast do, caches them with a graph; the others run without.
+
+    Returns:
+        The last x within the range of the dtype, as the last pass left it, the number of passes,
+        and the largest relative change in the last one, infinite where it is not known.
+    """
+    graph, most = torch.is_grad_enabled(), largest(x.dtype)
+    for iteration in range(1, limit + 1):
+        with torch.set_grad_enabled(graph and iteration == 1):
+            new = step(x).detach()
+        if ahead is not None and iteration <= bound:
+            new = ahead(x, new)
+        error = torch.inf if new.numel() else 0.0
+        if iteration > 1 and new.numel():  # the first pass is hardly ever the last
+            error = float(((new - x).abs() / (1 + new.abs())).max())
+        x = new.clamp(-most, most)
+        if not isfinite(error):
+            x = x.nan_to_num(nan=0.0)
+        if error <= aim:
+            break
+    return x, new, iteration, error

@@ -10,15 +10,7 @@ from torch import Tensor, nn
 from zuko.nn import Residual
 from zuko.utils import broadcast
 
-from ._validate import (
-    check_broadcast,
-    check_dtype,
-    check_event,
-    check_flag,
-    check_shape,
-    check_size,
-    check_sizes,
-)
+from . import _validate as check
 from .networks import check_activation, check_context, check_element_wise, check_order
 
 
@@ -112,18 +104,18 @@ class PixelCNN(nn.Module):
     ) -> None:
         super().__init__()
 
-        self.features = check_sizes("features", features)
+        self.features = check.sizes("features", features)
         if len(self.features) != 3:
             raise ValueError(
                 f"'features' should be channels, height and width, got {tuple(self.features)}."
             )
         channels = self.features[0]
-        self.context = check_size("context", context, minimum=0)
-        self.outputs = check_size("outputs", outputs)
-        sizes = check_shape("hidden_features", hidden_features)
-        hidden = [check_size("hidden_features", h, channels + 1) for h in sizes]
-        check_flag("residual", residual)
-        if check_size("kernel_size", kernel_size, minimum=3) % 2 == 0:
+        self.context = check.size("context", context, minimum=0)
+        self.outputs = check.size("outputs", outputs)
+        sizes = check.shape("hidden_features", hidden_features)
+        hidden = [check.size("hidden_features", h, channels + 1) for h in sizes]
+        check.flag("residual", residual)
+        if check.size("kernel_size", kernel_size, minimum=3) % 2 == 0:
             raise ValueError(f"'kernel_size' should be odd, got {kernel_size}.")
         rank = check_order(order, self.features).tolist()
         self.mirrored = rank != sorted(rank)
@@ -197,12 +189,12 @@ class PixelCNN(nn.Module):
             ValueError: If the shape of x or c is wrong, or c is missing or superfluous.
             TypeError: If x or c has the wrong dtype.
         """
-        check_event("x", x, self.features)
-        check_dtype("x", x, self.bias.dtype)
+        check.event("x", x, self.features)
+        check.dtype("x", x, self.bias.dtype)
         check_context(c, self.context, self.bias.dtype)
 
         if c is not None:
-            check_broadcast(x=x.shape[:-3], context=c.shape[:-1])
+            check.broadcast(x=x.shape[:-3], context=c.shape[:-1])
             x, c = broadcast(x, c, ignore=(3, 1))
         h = x.reshape(-1, *self.features).to(self.bias.dtype)
         if self.mirrored:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._validate import check_choice, check_real, check_size
+from . import _validate as check
 from .arrays import Array
 from .sinusoid import Sinusoid
 
@@ -74,12 +74,12 @@ class Solver:
     derivatives: int = 2
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, ("default", "banach"))
+        check.choice("method", self.method, ("default", "banach"))
         if self.tolerance is not None:
-            check_real("tolerance", self.tolerance, 0.0, 1.0)
+            check.real("tolerance", self.tolerance, 0.0, 1.0)
         if self.max_iter is not None:
-            check_size("max_iter", self.max_iter)
-        check_size("derivatives", self.derivatives)
+            check.size("max_iter", self.max_iter)
+        check.size("derivatives", self.derivatives)
 
     def tolerances(self, eps: float) -> tuple[float, float]:
         """Returns the tolerance that stops the iteration, and that beyond which it warns."""

@@ -14,13 +14,7 @@ from typing import Any
 from torch import Size, Tensor
 from torch.distributions import Transform
 
-from ._validate import (
-    check_callable,
-    check_choice,
-    check_instance,
-    check_shape,
-    check_size,
-)
+from . import _validate as check
 from .autoregressive import AutoregressiveMap
 from .bijection import (
     Bijection,
@@ -85,19 +79,19 @@ class TriangularTransform(Bijection):
         cache_size: int = 0,
     ) -> None:
         if cache_size != 0:
-            check_choice("cache_size", cache_size, (0, 1))
+            check.choice("cache_size", cache_size, (0, 1))
         super().__init__(cache_size=cache_size)
 
         if not isinstance(conditioner, AutoregressiveMap):
             conditioner = AutoregressiveMap(
-                check_callable("conditioner", conditioner),
-                check_size("event_dim", event_dim),
-                None if passes is None else check_size("passes", passes),
+                check.function("conditioner", conditioner),
+                check.size("event_dim", event_dim),
+                None if passes is None else check.size("passes", passes),
             )
         if type(solver) is not Solver:
-            check_instance("solver", solver, Solver)
+            check.instance("solver", solver, Solver)
         if batch_shape != ():
-            self.batch_shape = check_shape("batch_shape", batch_shape)
+            self.batch_shape = check.shape("batch_shape", batch_shape)
         self.map = conditioner
         self._event_dim, self._event_shape = self.map.event_dim, self.map.features
         self.solver = solver
@@ -208,16 +202,16 @@ class LDUTransform(Composition):
         cache_size: int = 0,
     ) -> None:
         if cache_size != 0:
-            check_choice("cache_size", cache_size, (0, 1))
+            check.choice("cache_size", cache_size, (0, 1))
         for name, part in (("upper", upper), ("diagonal", diagonal), ("lower", lower)):
             if not isinstance(part, Bijection):
-                check_instance(name, part, Transform)
+                check.instance(name, part, Transform)
                 if not part.bijective:
                     raise ValueError(f"'{name}' should be bijective, got {part}.")
         super().__init__(upper, diagonal, lower, cache_size=cache_size)
 
         if batch_shape != ():
-            self.batch_shape = check_shape("batch_shape", batch_shape)
+            self.batch_shape = check.shape("batch_shape", batch_shape)
 
     @property
     def upper(self) -> Transform:
