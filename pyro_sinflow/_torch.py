@@ -42,8 +42,8 @@ def is_concrete(*tensors: Tensor) -> bool:
 def can_branch_on(*tensors: Tensor) -> bool:
     """Whether Python may branch on the values of tensors.
 
-    It may not where they are not concrete, are recorded by ``torch.jit.trace``, or carry more than
-    their values: the tangents of forward differentiation, or a batch of ``is_grads_batched``.
+    It may not if they are not concrete, are recorded by ``torch.jit.trace``, or carry more than
+    their values: tangents of forward-mode differentiation, or a batch of ``is_grads_batched``.
     """
     if (
         torch.compiler.is_compiling()
@@ -61,7 +61,7 @@ def can_branch_on(*tensors: Tensor) -> bool:
 def can_fuse(*tensors: Tensor) -> bool:
     """Whether a fused operation may take the place of torch's own.
 
-    It may on plain tensors that nothing but reverse differentiation looks at.
+    It may on plain tensors, where reverse-mode differentiation is the only transformation.
     """
     for t in tensors:
         if type(t) not in (Tensor, nn.Parameter):
@@ -70,7 +70,7 @@ def can_fuse(*tensors: Tensor) -> bool:
 
 
 def differentiation_levels() -> int:
-    """Returns how many transforms that differentiate are under way."""
+    """Returns how many transforms that differentiate are active."""
     levels = int(forward_ad._current_level >= 0)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         kinds = torch._C._functorch.TransformType
@@ -98,7 +98,7 @@ def vjp(
 ) -> tuple[Tensor, ...]:
     """Returns vector-Jacobian products that can be differentiated again.
 
-    They are partial: an input that was computed from another counts as independent of it.
+    They are partial: an input that was computed from another is treated as independent of it.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -126,7 +126,7 @@ def depends_on_more(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
 
 
 def versions(*tensors: Tensor) -> list[int | None]:
-    """Returns what changes whenever a tensor does; tensors of inference mode do not tell."""
+    """Returns the versions of tensors, None for those of inference mode, which have none."""
     seen: list[int | None] = []
     for t in tensors:
         seen.append(None if t.is_inference() else t._version)
@@ -134,13 +134,13 @@ def versions(*tensors: Tensor) -> list[int | None]:
 
 
 class State:
-    """What an object holds, to tell whether it is still the same.
+    """The tensors and modules that an object holds, to tell whether they have changed.
 
-    These are tensors, and modules with their training modes, that are found in attributes, and in
-    the attributes and items of those.
+    They are found in its attributes, and in the attributes and items of those. The training modes
+    of modules count as well.
 
     Args:
-        root: The attributes of the object. They are not kept, lest the object holds itself.
+        root: The attributes of the object. No reference to them is kept.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
@@ -203,7 +203,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 _RANDOM = (_DropoutNd, nn.RReLU)  # in training
-# torch's own, as far as each unit of their output depends on one unit of their input alone.
+# Those of torch where each unit of the output depends on the same unit of the input alone.
 _MIXING = {nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin}
 ELEMENT_WISE = {getattr(nn, name) for name in activation.__all__} - _MIXING | {nn.Identity}
 
@@ -214,10 +214,10 @@ def is_dropout(module: nn.Module) -> bool:
 
 
 def plain_modules(root: nn.Module) -> list[Any] | None:
-    """Returns what a module is made of, its class first, or None if the classes do not tell all.
+    """Returns the class of a module and all its submodules with theirs.
 
-    They do not where hooks or a replaced ``forward`` may change what a module returns, or where it
-    is random.
+    Returns None if hooks or a replaced ``forward`` may change what one of them returns, or if one
+    of them is random.
     """
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return None
@@ -233,4 +233,4 @@ def plain_modules(root: nn.Module) -> list[Any] | None:
             return None
         parts += module, type(module)
         stack.extend(module._modules.values())
-    return parts[1:]  # without the module itself, lest a record of it keep it alive
+    return parts[1:]  # without the module itself, which a record of it would keep alive

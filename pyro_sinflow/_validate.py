@@ -20,16 +20,15 @@ C = TypeVar("C", bound=Callable[..., Any])
 def tensor(name: str, x: Any) -> None:
     """Requires a floating-point tensor without NaN or infinity.
 
-    As Pyro's distributions do, it lets values pass where validation is off. MCMC relies on that: a
-    trajectory that diverges may reach NaN, and is rejected. (torch's own switch will not do: its
-    compiler turns it off for good.)
+    Like Pyro's distributions, it does not look at values if validation is off. MCMC relies on that:
+    a trajectory that diverges may reach NaN, and is rejected. (torch's own switch is of no use
+    here, because torch.compile turns it off and leaves it off.)
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"'{name}' should be a tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"'{name}' should be a floating-point tensor, got {x.dtype}.")
-    # One reduction on the good path: a finite sum has finite terms. The sum of large numbers may be
-    # infinite as well.
+    # One reduction is enough if the sum is finite. If not, the terms may be finite all the same.
     if is_validation_enabled() and can_branch_on(x) and not math.isfinite(x.detach().sum()):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         if nan or inf:
@@ -42,7 +41,7 @@ def tensor(name: str, x: Any) -> None:
 def dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
     """Requires the dtype of the parameters, once half precision is lifted to float32.
 
-    Autocast mixes dtypes on purpose, and is let through.
+    It does nothing under autocast, which mixes dtypes.
     """
     given, expected = (torch.promote_types(d, torch.float32) for d in (x.dtype, dtype))
     if given != expected and not autocasting(x.device.type):

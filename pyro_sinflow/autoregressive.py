@@ -16,15 +16,14 @@ from .bijection import Bijection, inverse
 from .networks import MaskedNetwork
 from .sequential import StagedEvaluation, Stages, WholeEvaluation, stages_of
 
-# With fewer rows than these for each stage, and in all, passes through the whole are faster.
+# Passes through the whole network are faster for fewer rows than these, per stage and in all.
 _LEAST, _ENOUGH = 3, 384
 
 
 class AutoregressiveMap:
-    r"""A map :math:`y_i = \tau(x_i; h_i(x_{<i}))`, in whatever order of the features.
+    r"""A map :math:`y_i = \tau(x_i; h_i(x_{<i}))`, for any order of the features.
 
-    This one knows no more than how to evaluate its conditioner. Subclasses may know a faster
-    inverse.
+    This class evaluates a conditioner. Subclasses may have a faster inverse or a preconditioner.
 
     Args:
         conditioner: Returns, given x, the element-wise increasing :math:`\tau` as a transform.
@@ -70,7 +69,7 @@ class AutoregressiveMap:
         )
 
     def frozen(self, y: Tensor) -> FrozenInverse | None:
-        """Returns the inverse at y with the weights of now, if the map is known to be triangular.
+        """Returns the inverse at y with the present weights, if the map is known to be triangular.
 
         It must also be deterministic.
         """
@@ -79,8 +78,8 @@ class AutoregressiveMap:
     def preconditioner(self) -> Tensor | None:
         """Returns a matrix Q, with shape (D, D), strictly triangular in the order of the features.
 
-        A pass of the inverse moves x by :math:`I + Q` times what it would change by itself. The
-        nearer :math:`I + Q` is to the inverse of the Jacobian, the fewer passes it takes.
+        The change of x in each pass of the inverse is multiplied by :math:`I + Q`. The nearer
+        :math:`I + Q` is to the inverse of the Jacobian, the fewer passes there are.
         """
         return None
 
@@ -140,7 +139,7 @@ class NetworkMap(AutoregressiveMap):
         return network.shortcut.preconditioner().detach().nan_to_num(0.0, 0.0, 0.0)
 
     def frozen(self, y: Tensor) -> FrozenInverse | None:
-        """Returns the inverse at y with the weights of now, if the network has stages."""
+        """Returns the inverse at y with the present weights, if the network has stages."""
         c = self.c
         if self.network is None or autocasting(y.device.type):
             return None
@@ -161,7 +160,7 @@ class NetworkMap(AutoregressiveMap):
 
 
 class FrozenInverse:
-    r"""The inverse of an autoregressive map at y, with the weights of now and without a graph.
+    r"""The inverse of an autoregressive map at y, with the present weights and without a graph.
 
     Args:
         stages: The stages of the network.
@@ -189,7 +188,7 @@ class FrozenInverse:
 
     @property
     def is_sequential(self) -> bool:
-        """Whether it takes less time to substitute features than to take passes through all."""
+        """Whether forward substitution takes less time than passes through the whole network."""
         least = _LEAST * len(self.stages.stages)
         return self.y.device.type == "cpu" and self.rows >= max(2 * _LEAST, min(least, _ENOUGH))
 

@@ -52,7 +52,7 @@ def _real(event_dim: int) -> constraints.Constraint:
 
 
 class _Pair(NamedTuple):
-    """What the cache keeps. It is read and replaced as a whole, for the sake of threads."""
+    """What the cache keeps. Threads may share it, so it is read and replaced as a whole."""
 
     x: Tensor
     y: Tensor
@@ -64,11 +64,11 @@ class _Pair(NamedTuple):
 class Bijection(Transform):
     """A bijective transform of real tensors.
 
-    With ``cache_size=1``, the latest pair (x, y) is kept with its log-determinant, as Pyro's flows
-    keep it, and found again by a tensor that the transform has returned: a guide scores its own
-    samples at no cost. The pair counts as long as the same modes are set (gradients, inference,
-    autocast, training) and neither the pair nor the parameters have changed. Changes through
-    ``.data`` go unnoticed, here as by autograd.
+    With ``cache_size=1``, the latest pair (x, y) is kept with its log-determinant, as in Pyro's
+    flows, so that a guide scores its own samples at no cost. The pair is used only for a tensor
+    that this transform has returned, in the same modes (gradients, inference, autocast, training),
+    and while neither the pair nor the parameters have changed. Like autograd, the cache does not
+    notice changes through ``.data``.
     """
 
     bijective = True
@@ -145,8 +145,8 @@ class Bijection(Transform):
     def forward_shape(self, shape: Size) -> Size:
         """Infers the shape of the output.
 
-        As with zuko's transforms, the batch shape of the parameters has no say in it, unless a
-        transform was given a ``batch_shape``.
+        As with zuko's transforms, it does not depend on the batch shape of the parameters, unless
+        the transform has a ``batch_shape``.
         """
         shape = check.shape("shape", shape)
         cut = len(shape) - self.domain.event_dim
@@ -163,8 +163,8 @@ class Bijection(Transform):
     @property
     def inv(self) -> Transform:
         """The inverse transform, with ``t.inv.inv is t``."""
-        # Made anew each time: were it kept, it and its inverse would hold each other, and with them
-        # the graph of the cached pair, until the garbage collector comes by.
+        # A new object each time: if it were kept, the two would refer to each other, and the graph
+        # of the cached pair would stay in memory until the next garbage collection.
         return InverseTransform(self)
 
     def with_cache(self, cache_size: int = 1) -> Transform:
@@ -182,7 +182,7 @@ class Bijection(Transform):
 
     def _known(self, *tensors: Tensor) -> _Pair | None:
         """Returns the cached pair, if the transform returned one of these, and would again."""
-        # First of all: whatever the compiler sees becomes a guard of the user's compiled function.
+        # This comes first, because what the compiler sees becomes a guard of the compiled function.
         if self._cache_size == 0 or torch.compiler.is_compiling():
             return None
         pair = self._cached

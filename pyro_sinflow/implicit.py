@@ -4,9 +4,9 @@ The root x of f(x) = y is found without a graph. Then f is evaluated once more w
 
 .. math:: x - J^{-1} (f(x) - y)
 
-whose value is x, carries the derivatives, for J is the Jacobian of f at the root, held constant.
-Whatever f depends on is reached, and memory does not depend on the number of passes. With J held
-constant, n such steps in a row have n right derivatives.
+whose value is x, carries the derivatives. J is the Jacobian of f at the root, held constant. The
+gradient reaches whatever f depends on, and memory does not depend on the number of passes. One such
+step has the right first derivative, and n steps in a row have n right derivatives.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def invert(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
     if not can_branch_on(y):
         return _recorded_passes(function, y, solver)
     finite = None
-    if not is_validation_enabled():  # what has passed unchecked shall not spoil the batch
+    if not is_validation_enabled():  # y is unchecked: keep its NaN from the rest of the batch
         finite = finite_events(y, function.event_dim)
         y = y.where(finite, 0.0)
     frozen = function.frozen(y.detach())
@@ -100,7 +100,7 @@ def _root(
 
 
 class _Detached(Function):
-    """Two copies of a constant at which derivatives can be taken, and end."""
+    """Two copies of a tensor that pass no gradient on, to differentiate by each of them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,14 +135,14 @@ class _Jacobian:
         if self._linear is None:  # v -> J^T v, whose transpose is that of J
             with torch.enable_grad():
                 z = torch.zeros_like(self.value).requires_grad_()
-                (pulled,) = torch.autograd.grad(
+                (vjp,) = torch.autograd.grad(
                     self.value, self.others, z, create_graph=True, materialize_grads=True
                 )
-            self._linear = pulled, z
-        pulled, z = self._linear
-        if not pulled.requires_grad:
+            self._linear = vjp, z
+        vjp, z = self._linear
+        if not vjp.requires_grad:
             return torch.zeros_like(v)
-        (product,) = torch.autograd.grad(pulled, z, v, retain_graph=True, materialize_grads=True)
+        (product,) = torch.autograd.grad(vjp, z, v, retain_graph=True, materialize_grads=True)
         return product
 
     def _features(self, b: Tensor) -> int:
@@ -165,12 +165,11 @@ class _Jacobian:
         matrix = self.function.preconditioner()
         if matrix is not None and transposed:
             matrix = matrix.mT
-        # Tolerances are relative to 1, but the mean over a batch, and steep maps, make gradients
-        # small: each event is solved in units of the largest number of the first guess. Where this
-        # is zero or not finite, so is v.
+        # Tolerances are relative to 1, but gradients may be small: each event is solved in units of
+        # the largest number of its first guess. Where that is zero or not finite, so is v.
         unit = start.abs().flatten(b.ndim - event_dim).amax(dim=-1)[(...,) + event_dim * (None,)]
         b = (b / unit).nan_to_num(0.0)
-        # To round-off, whatever the user's tolerance for samples.
+        # Gradients are solved to round-off, whatever the tolerance of the values.
         v = nilpotent_iteration(
             lambda v: (b - self._product(v, transposed)) / diagonal,
             b / diagonal,
@@ -200,7 +199,7 @@ class _Solve(Function):
 class _Count(Function):
     """The identity, which can be differentiated so many times.
 
-    Its derivatives reach all that the root depends on, so that none is taken without it.
+    Its derivatives depend on the root, so that each further derivative passes through it.
     """
 
     @staticmethod
@@ -226,8 +225,8 @@ class _Count(Function):
 class _Step(Function):
     """x - J^{-1} (f(x) - y), whose value is x.
 
-    Without a graph of the gradient, the value of f at a constant takes all of it; with one, its
-    value at the step before does.
+    If the gradient is not differentiated again, it goes to the value of f at the constant root. If
+    it is, it goes to the value of f at the step before.
     """
 
     @staticmethod

@@ -159,8 +159,8 @@ class LazyElementWise(Lazy):
 class LazyAffine(LazyElementWise):
     r"""Creates a lazy element-wise affine transformation, the identity at first.
 
-    Its free log-scale counts ten times. An optimiser that moves each parameter by about the
-    learning rate, as Adam does, would else take most of its steps to fit the scale of the noise.
+    Its free log-scale is multiplied by ten. An optimiser such as Adam, which moves each parameter
+    by about the learning rate, would otherwise need many steps to fit the scale of the noise.
 
     Args:
         features: The shape of an event.

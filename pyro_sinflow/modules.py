@@ -138,7 +138,7 @@ class LDU(LDUTransform, TransformModule):
         dropout: float = 0.0,
         solver: Solver = Solver(),
     ) -> None:
-        # LDUTransform's would keep its transforms; here they are built from the parameters anew.
+        # LDUTransform's would keep its transforms, but they are built from parameters each time.
         super(Composition, self).__init__(cache_size=1)
 
         self.block = ConditionalLDU(

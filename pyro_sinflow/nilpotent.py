@@ -1,8 +1,8 @@
 r"""Fixed points of nilpotent iterations.
 
-The iteration :math:`x \leftarrow \tau^{-1}(y; h(x))` of a triangular map leaves at least one more
-feature at its final value in each pass, whatever the map, so that it is exact after as many passes
-as there are features. It usually converges to round-off in fewer.
+Each pass :math:`x \leftarrow \tau^{-1}(y; h(x))` of the inverse of a triangular map makes at least
+one more feature exact. After as many passes as there are features, all are. It usually converges to
+round-off in fewer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _FEW = 5  # passes
 def largest(dtype: torch.dtype) -> float:
     """Returns the bound of what an inverse may return.
 
-    A feature that has not converged may overflow on the way, and infinity times a masked weight of
-    zero would spoil the features that have.
+    A feature that has not converged may overflow, and infinity times a masked weight of zero would
+    turn the features that have converged to NaN.
     """
     return torch.finfo(dtype).max ** 0.5
 
@@ -66,9 +66,8 @@ def cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor | None]:
 class _Preconditioner:
     """Moves the features of an event by what a change lets those after them change by.
 
-    An event is preconditioned for as long as there is less to change than in either of the last two
-    passes: a poor preconditioner, or the round-off that it amplifies, must not keep it from
-    converging.
+    An event is preconditioned as long as its change is smaller than in both of the last two passes,
+    so that a poor preconditioner, or round-off that it amplifies, does not prevent convergence.
     """
 
     def __init__(self, matrix: Tensor, event_dim: int, like: Tensor) -> None:
@@ -83,7 +82,7 @@ class _Preconditioner:
         change = new - x
         worst = (change.abs() / (1 + new.abs())).amax(dim=event, keepdim=True)  # perhaps NaN
         less = worst < torch.maximum(*self.recent)
-        # Zeros keep an event that did not improve without the preconditioner from now on.
+        # Zeros switch the preconditioner off for the rest of the iteration.
         self.recent = torch.where(less, worst, 0), torch.where(less, self.recent[0], 0)
         rows = change.nan_to_num(nan=0.0).clamp(-self.bound, self.bound)
         rows = rows.flatten(x.ndim - self.event_dim)
@@ -187,7 +186,7 @@ def _iterate(
         if ahead is not None and iteration <= bound:
             new = ahead(x, new)
         error = torch.inf if new.numel() else 0.0
-        if iteration > 1 and new.numel():  # the first pass is hardly ever the last
+        if iteration > 1 and new.numel():  # the first pass is almost never the last
             error = float(((new - x).abs() / (1 + new.abs())).max())
         x = new.clamp(-most, most)
         if not isfinite(error):

@@ -93,7 +93,7 @@ class Stages:
         if type(network) is MaskedNetwork:
             mlp, self.shortcut = network.mlp, network.shortcut
         if mlp is None or self.modules is None:
-            raise NotImplementedError("The network has no layers, or may do more than they tell.")
+            raise NotImplementedError("The network has no layers, or hooks that may change them.")
         self.operations = operations(mlp)
         if not isinstance(self.operations[-1], MaskedLinear):
             raise NotImplementedError("The last operation should be a masked layer.")
@@ -118,17 +118,17 @@ class Stages:
     def _dependence(self) -> Tensor:
         """Returns which feature's parameters depend on which feature, with shape (D, D)."""
         n, mask = self.features, self.linears[0].mask
-        reach = torch.eye(mask.shape[1], n, dtype=torch.float32, device=mask.device)
+        seen = torch.eye(mask.shape[1], n, dtype=torch.float32, device=mask.device)
         skips: list[Tensor] = []
         for operation in self.operations:
             if isinstance(operation, MaskedLinear):
-                reach = (operation.mask.float() @ reach).sign()
+                seen = (operation.mask.float() @ seen).sign()
             elif isinstance(operation, _Skip):
                 if operation.begins:
-                    skips.append(reach)
+                    skips.append(seen)
                 else:
-                    reach = (reach + skips.pop()).sign()
-        needs = reach.unflatten(0, (n, -1)).any(dim=1)
+                    seen = (seen + skips.pop()).sign()
+        needs = seen.unflatten(0, (n, -1)).any(dim=1)
         return needs if self.shortcut is None else needs | self.shortcut.mask[:, :n].bool()
 
     def _order(self, needs: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -188,7 +188,7 @@ _stages: WeakKeyDictionary[nn.Module, Stages] = WeakKeyDictionary()
 def stages_of(network: nn.Module, features: int) -> Stages | None:
     """Returns the stages of a network, or :py:`None` if it cannot be evaluated in stages.
 
-    They are made anew when its masks or modules have changed.
+    They are made again if its masks or modules have changed.
     """
     stages = _stages.get(network)
     if stages is None or not stages.suit(network, features):
@@ -202,8 +202,8 @@ def stages_of(network: nn.Module, features: int) -> Stages | None:
 def frozen_weights(stages: Stages, c: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """Returns weights, with shape (O, I), and biases, (O, N) or (O, 1), of a network's layers.
 
-    They are those of now, without a graph and without the context. Where there is a shortcut, the
-    features are more inputs of the last layer.
+    They have their present values, no graph, and the context added to the biases. If there is a
+    shortcut, the features are further inputs of the last layer.
 
     Args:
         stages: The stages of the network.

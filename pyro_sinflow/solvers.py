@@ -238,7 +238,7 @@ def _halley(
     few = 0 if size <= _SMALL or getattr(y, "is_cuda", False) else size // 8
     iteration, count = 0, size
     while iteration < min(limit, 4) and count > few:
-        # A first guess is hardly ever so good that one step is enough.
+        # One step is almost never enough.
         for _ in range(1 if iteration else min(limit, 2)):
             value, slope, curvature = evaluate(x)
             newton = (y - value) / slope
