@@ -126,10 +126,13 @@ def depends_on_more(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
 
 
 def versions(*tensors: Tensor) -> list[int | None]:
-    """Returns the versions of tensors, None for those of inference mode, which have none."""
+    """Returns the versions of tensors, None for those of inference mode, which have none.
+
+    A tensor that is made to require gradients counts as another version.
+    """
     seen: list[int | None] = []
     for t in tensors:
-        seen.append(None if t.is_inference() else t._version)
+        seen.append(None if t.is_inference() else 2 * t._version + t.requires_grad)
     return seen
 
 
@@ -182,7 +185,7 @@ class State:
             if isinstance(value, Tensor):
                 if value.is_inference():  # it may change unnoticed
                     return None
-                versions.append(value._version)
+                versions.append(2 * value._version + value.requires_grad)
         return versions
 
 

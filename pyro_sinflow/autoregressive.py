@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.utils import unpack
 
+from . import _validate as check
 from ._torch import autocasting, can_fuse
 from .bijection import Bijection, inverse
 from .networks import MaskedNetwork
@@ -141,6 +143,9 @@ class NetworkMap(AutoregressiveMap):
     def frozen(self, y: Tensor) -> FrozenInverse | None:
         """Returns the inverse at y with the present weights, if the network has stages."""
         c = self.c
+        batch = y.shape[: -self.event_dim]
+        if c is not None:
+            batch = check.broadcast(y=batch, context=c.shape[:-1])
         if self.network is None or autocasting(y.device.type):
             return None
         if not can_fuse(y) or (c is not None and not can_fuse(c)):
@@ -148,13 +153,14 @@ class NetworkMap(AutoregressiveMap):
         stages = stages_of(self.network, self.features.numel())
         if stages is None or stages.linears[0].weight.dtype != y.dtype:
             return None
+        outputs = sum(prod(shape) for shape in self.shapes)
+        if stages.linears[-1].out_features != self.features.numel() * outputs:
+            return None  # the evaluation of the network raises an error that says so
         if c is not None:
-            y = y.expand(
-                *torch.broadcast_shapes(y.shape[: -self.event_dim], c.shape[:-1]), *self.features
-            )
+            y = y.expand(*batch, *self.features)
             c = c.to(y.dtype)
             if c.shape[:-1].numel() > 1:
-                c = c.expand(*y.shape[: -self.event_dim], -1)
+                c = c.expand(*batch, -1)
             c = c.reshape(-1, c.shape[-1])
         return FrozenInverse(stages, self.univariate, self.shapes, y, c) if y.numel() else None
 

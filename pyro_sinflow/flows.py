@@ -27,7 +27,7 @@ from . import _validate as check
 from .autoregressive import NetworkMap
 from .element_wise import Affine, SinusoidalChain
 from .lazy import ConditionalLDU, Lazy, LazyAffine, LazyTriangular, initial_sinusoids
-from .networks import MaskedNetwork
+from .networks import MaskedNetwork, weight_dtype
 from .solvers import Solver
 from .transforms import Composition, TriangularTransform
 
@@ -37,7 +37,8 @@ class _LazyComposition(LazyComposedTransform):
 
     def forward(self, c: Tensor | None = None) -> Composition:
         """Returns the composition, given a context."""
-        return Composition(*[t(c) for t in self.transforms])
+        context_shape = Size() if c is None else c.shape[:-1]
+        return Composition(*[t(c) for t in self.transforms], context_shape=context_shape)
 
 
 class SinusoidalFlow(Flow):
@@ -239,18 +240,9 @@ def _applies_alike(univariate: Any) -> bool:
     return isinstance(univariate, type) and issubclass(univariate, Transform)
 
 
-def _weight_dtype(module: nn.Module) -> torch.dtype:
-    """Returns the dtype of a module's weights, which need not be parameters."""
-    for part in module.modules():
-        weight = getattr(part, "weight", None)
-        if isinstance(weight, Tensor):
-            return weight.dtype
-    return torch.get_default_dtype()
-
-
 def _lowered(function: Callable[[Tensor], Transform], network: nn.Module, x: Tensor) -> Transform:
     """Evaluates a conditioner in half precision, if the weights of its network are."""
-    dtype = _weight_dtype(network)
+    dtype = weight_dtype(network)
     return function(x.to(dtype) if dtype.itemsize < 4 else x)
 
 

@@ -26,7 +26,6 @@ from .nilpotent import cut_off, finite_events, nilpotent_iteration
 from .solvers import Solver, record
 
 
-@honours_torch_function
 def invert(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
     """Inverts an autoregressive map.
 

@@ -28,6 +28,15 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
         check.dtype("context", c, dtype)
 
 
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """Returns the dtype of a module's weights, which need not be parameters."""
+    for part in module.modules():
+        weight = getattr(part, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight.dtype
+    return torch.get_default_dtype()
+
+
 def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
     """Requires a permutation of the features, and returns it."""
     n = features.numel()
@@ -253,18 +262,19 @@ class MaskedNetwork(nn.Module):
             ValueError: If the shape of x or c is wrong, or c is missing or superfluous.
             TypeError: If x or c has the wrong dtype.
         """
-        bias, n = self.bias, len(self.features)
-        if x.shape[-n:] != self.features or x.dtype != bias.dtype:
+        n, mlp = len(self.features), self.mlp
+        dtype = self.constant.dtype if mlp is None else weight_dtype(mlp)
+        if x.shape[-n:] != self.features or x.dtype != dtype:
             check.event("x", x, self.features)
-            check.dtype("x", x, bias.dtype)
+            check.dtype("x", x, dtype)
         if c is not None or self.context > 0:
-            check_context(c, self.context, bias.dtype)
-        if self.mlp is None:
-            return bias.to(x.dtype).expand(*x.shape, self.outputs)
+            check_context(c, self.context, dtype)
+        if mlp is None:
+            return self.constant.to(x.dtype).expand(*x.shape, self.outputs)
         flat = join(x if n == 1 else x.flatten(-n), c)
-        if flat.dtype != bias.dtype:
-            flat = flat.to(bias.dtype)
-        h = self.mlp(flat).unflatten(-1, (-1, self.outputs))
+        if flat.dtype != dtype:
+            flat = flat.to(dtype)
+        h = mlp(flat).unflatten(-1, (-1, self.outputs))
         if self.shortcut is not None:
             shift = self.shortcut(flat).unsqueeze(-1)
             if self.outputs == 1:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from zuko.nn import Residual
 from zuko.utils import broadcast
@@ -45,7 +46,7 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the convolution of x, with shape :math:`(N, I, H, W)`."""
-        return self._conv_forward(x, self.mask * self.weight, self.bias)
+        return F.conv2d(x, self.mask * self.weight, self.bias, padding=self.padding)
 
 
 class PixelCNN(nn.Module):

@@ -119,13 +119,19 @@ class Composition(Bijection):
 
     Args:
         transforms: The transforms, in the order in which they are applied.
+        context_shape: The batch shape of their context, with which that of the input broadcasts.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
     """
 
-    def __init__(self, *transforms: Transform, cache_size: int = 0) -> None:
+    context_shape = Size()
+
+    def __init__(
+        self, *transforms: Transform, context_shape: Size = Size(), cache_size: int = 0
+    ) -> None:
         super().__init__(cache_size=cache_size)
 
         self._transforms = transforms
+        self.context_shape = context_shape
         for t in transforms:
             self._event_dim = max(self._event_dim, event_dim(t))
             if isinstance(t, Bijection):
@@ -144,6 +150,13 @@ class Composition(Bijection):
         return type(self) is type(other) and self.transforms == other.transforms
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _checked(self, name: str, x: Any) -> Tensor:
+        lifted = super()._checked(name, x)
+        if self.context_shape:
+            batch = x.shape[: x.ndim - self._event_dim]
+            check.broadcast(**{name: batch, "context": self.context_shape})
+        return lifted
 
     def _inverse(self, y: Tensor) -> Tensor:
         for t in reversed(self.transforms):
