@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from types import FunctionType
+from functools import partial, wraps
+from types import CellType, FunctionType, MethodType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 _PLAIN = {bool, int, float, str, type(None), dict, OrderedDict, set, torch.Size}
 InverseTransform = _InverseTransform
+_PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -136,11 +137,25 @@ def versions(*tensors: Tensor) -> list[int | None]:
     return seen
 
 
+def _held(value: Any) -> dict[Any, Any] | None:
+    """Returns what a sequence, partial, method, closure or other object holds."""
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if isinstance(value, partial):
+        return dict(enumerate((value.func, *value.args, *value.keywords.values())))
+    if isinstance(value, MethodType):
+        return {0: value.__self__}
+    if isinstance(value, FunctionType):
+        cells = [c for c in value.__closure__ or () if c != CellType()]  # but those that are empty
+        return dict(enumerate(c.cell_contents for c in cells))
+    return None if isinstance(value, type | State) else getattr(value, "__dict__", None)
+
+
 class State:
     """The tensors and modules that an object holds, to tell whether they have changed.
 
-    They are found in its attributes, and in the attributes and items of those. The training modes
-    of modules count as well.
+    They are found in its attributes, and in what those hold. The training modes and hooks of
+    modules count as well. What a function reads from its module is not found.
 
     Args:
         root: The attributes of the object. No reference to them is kept.
@@ -148,36 +163,32 @@ class State:
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._entries: list[tuple[dict[Any, Any] | None, Any, Any]] = []
-        self._sizes: list[tuple[dict[Any, Any], int]] = []
+        self._keys: list[tuple[dict[Any, Any], list[Any]]] = []
         self._seen: set[int] = set()
         self._add(None, root)
 
     def _add(self, container: dict[Any, Any] | None, values: dict[Any, Any]) -> None:
         if container is not None:
-            self._sizes.append((container, len(container)))
+            self._keys.append((container, [*container]))
         for key, value in values.items():
             if type(value) in _PLAIN:
                 continue
-            if isinstance(value, Tensor):
+            held = None if isinstance(value, Tensor) else _held(value)
+            if isinstance(value, Tensor) or held is not None:
                 self._entries.append((container, key, value))
-            elif isinstance(value, list | tuple):
-                items = dict(enumerate(value))
-                self._add(items, items)
-            elif hasattr(value, "__dict__") and not isinstance(value, type | FunctionType | State):
-                self._entries.append((container, key, value))
-                if id(value) not in self._seen:
-                    self._seen.add(id(value))
-                    self._add(vars(value), vars(value))
+            if held is not None and id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._add(held, held)
         if "_modules" in values:
             self._entries.append((container, "training", values["training"]))
-            for name in ("_parameters", "_buffers", "_modules"):
+            for name in _PARTS:
                 self._add(values[name], values[name])
 
     def versions(self, root: dict[str, Any]) -> list[int] | None:
         """Returns the versions of the tensors; none if anything else has changed."""
         versions = []
-        for values, size in self._sizes:
-            if len(values) != size:
+        for values, keys in self._keys:
+            if [*values] != keys:
                 return None
         for container, key, value in self._entries:
             if (root if container is None else container).get(key) is not value:
