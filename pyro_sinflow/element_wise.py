@@ -11,8 +11,7 @@ from torch.distributions import constraints
 
 from . import _validate as check
 from .bijection import Bijection, at_least_float32
-from .kernels import evaluate
-from .kernels.chain import ChainKernel, invert
+from .kernels import evaluate, invert
 from .solvers import Solver
 
 
@@ -59,10 +58,10 @@ class SinusoidalChain(Bijection):
     __hash__ = None  # type: ignore[assignment]
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return evaluate(ChainKernel(self.min_slope), x, self._chain())
+        return evaluate(x, self._chain(), self.min_slope)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return invert(ChainKernel(self.min_slope), y, self._chain(), self.solver)
+        return invert(y, self._chain(), self.min_slope, self.solver)
 
 
 class Affine(Bijection):

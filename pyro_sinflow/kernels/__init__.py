@@ -1,4 +1,4 @@
-"""Element-wise maps, evaluated by the fastest means that the tensors allow.
+"""Chains of sinusoids, evaluated and inverted by the fastest means that the tensors allow.
 
 Plain tensors take a fused implementation, with one node in the graph and its gradient in closed
 form: few numbers on a CPU by numpy, whose calls take less time, all else by torch. Whatever looks
@@ -11,16 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from types import SimpleNamespace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._torch import can_fuse, honours_torch_function, vjp, without_autocast
-from ..arrays import NUMPY, TORCH, Array
+from .._torch import (
+    can_branch_on,
+    can_fuse,
+    differentiation_levels,
+    honours_torch_function,
+    vjp,
+    without_autocast,
+)
+from ..arrays import NUMPY, PLAIN, TORCH, Array
+from ..sinusoid import constrain, sinusoids
+from ..solvers import Solver, report, solve_increasing
+from . import eager
 
 R = TypeVar("R")
 
@@ -28,34 +37,56 @@ _FEW = 2**16  # elements of temporaries, up to which numpy is faster where param
 _BLOCK = 2**22  # elements, up to which temporaries stay in the processor's cache
 
 
-class Kernel(Protocol):
-    """An element-wise map of numbers, given parameters."""
+@honours_torch_function
+def evaluate(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, Tensor]:
+    """Returns value and log-slope of a chain.
 
-    event_dim: int  # the number of dimensions of the parameters of one number
+    Args:
+        x: The numbers, with shape (*).
+        parameters: The unconstrained parameters, whose batch shape broadcasts with that of the
+            numbers.
+        min_slope: The smallest slope of each sinusoid.
+    """
+    x, parameters = _broadcast(x, parameters)
+    if not x.numel():
+        empty = x + parameters.sum()
+        return empty, empty
+    if not can_fuse(x, parameters):
+        return eager.plain(x, parameters, min_slope)
+    if x.numel() * prod(parameters.shape[-2:]) > _BLOCK:
+        blocks = [evaluate(*block, min_slope) for block in _blocks(x, parameters)]
+        if len(blocks) > 1:
+            y, ladj = (torch.cat(parts).view(x.shape) for parts in zip(*blocks, strict=True))
+            return y, ladj
+    if torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad):
+        return _Evaluate.apply(x, parameters, min_slope)
+    return _forward(x, parameters, min_slope)[:2]
 
-    def plain(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns value and log-slope, in operations that torch can transform."""
 
-    def forward(
-        self, x: Array, parameters: Array, xp: SimpleNamespace
-    ) -> tuple[Array, Array, Sequence[Array]]:
-        """Returns value, log-slope and what the backward pass needs, of arrays without a graph."""
+@honours_torch_function
+def invert(y: Tensor, parameters: Tensor, min_slope: float, solver: Solver) -> Tensor:
+    """Returns the numbers at which a chain has the values y.
 
-    def backward(
-        self,
-        saved: Sequence[Array],
-        x: Array,
-        parameters: Array,
-        gy: Array,
-        gl: Array,
-        xp: SimpleNamespace,
-    ) -> tuple[Array, Array]:
-        """Returns the cotangents of numbers and parameters, given those of value and log-slope."""
+    Args:
+        y: The values, with shape (*).
+        parameters: The unconstrained parameters, whose batch shape broadcasts with that of the
+            values.
+        min_slope: The smallest slope of each sinusoid.
+        solver: Method, tolerance and number of iterations.
+    """
+    y, parameters = _broadcast(y, parameters)
+    if not y.numel():
+        return y + parameters.sum()
+    if not can_fuse(y, parameters):
+        return _invert_plain(y, parameters, min_slope, solver)
+    if torch.is_grad_enabled() and (y.requires_grad or parameters.requires_grad):
+        return _Invert.apply(y, parameters, min_slope, solver)
+    return _root(y, parameters, min_slope, solver)
 
 
-def broadcast(kernel: Kernel, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+def _broadcast(x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """Expands numbers and parameters until the former end with the batch shape of the latter."""
-    cut = parameters.ndim - kernel.event_dim
+    cut = parameters.ndim - 2
     batch, event = parameters.shape[:cut], parameters.shape[cut:]
     if x.shape[max(x.ndim - cut, 0) :] == batch:
         return x, parameters
@@ -67,16 +98,28 @@ def broadcast(kernel: Kernel, x: Tensor, parameters: Tensor) -> tuple[Tensor, Te
     return x.expand(shape), parameters.expand(*shape, *event)
 
 
-def run(function: Callable[..., R], kernel: Kernel, *tensors: Tensor) -> R:
-    """Calls a function of arrays without a graph, and of the library for them.
+def _blocks(x: Tensor, parameters: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Splits numbers, and their parameters if they have their own, into blocks of rows."""
+    *batch, m, size = parameters.shape
+    own = x.ndim == len(batch)
+    shape = batch[-1:] if own else batch
+    rows = x.reshape(-1, *shape)
+    length = max(1, _BLOCK * len(rows) // (x.numel() * m * size))
+    if own:
+        parts = parameters.reshape(-1, *shape, m, size).split(length)
+        return [*zip(rows.split(length), parts, strict=True)]
+    return [(part, parameters) for part in rows.split(length)]
+
+
+def _run(function: Callable[..., R], *tensors: Tensor) -> R:
+    """Calls a function of arrays without a graph, by the library that is faster.
 
     Args:
-        function: The function.
-        kernel: The map.
+        function: The function, which takes the library as ``xp``.
         tensors: The numbers, the parameters, and others.
     """
     x, parameters, *_ = tensors
-    own = x.ndim == parameters.ndim - kernel.event_dim
+    own = x.ndim == parameters.ndim - 2
     size = x.numel() * parameters.shape[-1]
     if x.device.type == "cpu" and size <= (_FEW >> 3 if own else _FEW):
         with np.errstate(all="ignore"):
@@ -85,21 +128,44 @@ def run(function: Callable[..., R], kernel: Kernel, *tensors: Tensor) -> R:
         return function(*[t.detach() for t in tensors], xp=TORCH)
 
 
-def tensor(array: Array) -> Tensor:
-    """Returns an array as a tensor."""
+def _tensor(array: Array) -> Tensor:
     return array if isinstance(array, Tensor) else torch.from_numpy(array)
 
 
+def _forward(
+    x: Tensor, parameters: Tensor, min_slope: float
+) -> tuple[Tensor, Tensor, Sequence[Array]]:
+    """Returns value and log-slope without a graph, and what :func:`_backward` needs."""
+    y, ladj, saved = _run(partial(eager.forward, min_slope=min_slope), x, parameters)
+    return _tensor(y), _tensor(ladj), saved
+
+
+def _backward(saved: Sequence[Array], min_slope: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the cotangents of numbers and parameters, given those of value and log-slope.
+
+    The tensors are numbers, parameters, and both cotangents.
+    """
+    gx, grad = _run(partial(eager.backward, saved=saved, min_slope=min_slope), *tensors)
+    return _tensor(gx), _tensor(grad)
+
+
+def _root(y: Tensor, parameters: Tensor, min_slope: float, solver: Solver) -> Tensor:
+    """Returns the root without a graph, and reports it."""
+    x, roots = _run(partial(eager.invert, min_slope=min_slope, solver=solver), y, parameters)
+    report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
+    return _tensor(x)
+
+
 class _Evaluate(Function):
-    """Value and log-slope of a map."""
+    """Value and log-slope of a chain."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj, saved = forward(kernel, x, parameters)
+    def forward(ctx: Any, x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, Tensor]:
+        y, ladj, saved = _forward(x, parameters, min_slope)
         # Tensors are saved where hooks, such as those of checkpoints, find them.
         many = isinstance(saved[0], Tensor)
         ctx.save_for_backward(x, parameters, *(saved if many else ()))
-        ctx.kernel, ctx.arrays = kernel, None if many else saved
+        ctx.min_slope, ctx.arrays = min_slope, None if many else saved
         ctx.set_materialize_grads(False)
         return y, ladj
 
@@ -111,61 +177,59 @@ class _Evaluate(Function):
         gy = torch.zeros_like(x) if gy is None else gy
         gl = torch.zeros_like(x) if gl is None else gl
         if torch.is_grad_enabled() or not can_fuse(gy, gl):
-            return None, *vjp(ctx.kernel.plain, (x, parameters), (gy, gl))
-        return None, *backward(ctx.kernel, ctx.arrays or saved, x, parameters, gy, gl)
+            plain = partial(eager.plain, min_slope=ctx.min_slope)
+            return *vjp(plain, (x, parameters), (gy, gl)), None
+        return *_backward(ctx.arrays or saved, ctx.min_slope, x, parameters, gy, gl), None
 
 
-def forward(
-    kernel: Kernel, x: Tensor, parameters: Tensor
-) -> tuple[Tensor, Tensor, Sequence[Array]]:
-    """Returns value and log-slope without a graph, and what :func:`backward` needs."""
-    y, ladj, saved = run(kernel.forward, kernel, x, parameters)
-    return tensor(y), tensor(ladj), saved
+class _Invert(Function):
+    """The root x of f(x) = y, with derivatives by the implicit function theorem."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, parameters: Tensor, min_slope: float, solver: Solver
+    ) -> Tensor:
+        x = _root(y, parameters, min_slope, solver)
+        ctx.save_for_backward(x, parameters)
+        ctx.min_slope = min_slope
+        ctx.set_materialize_grads(False)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None
+        min_slope, (x, parameters) = ctx.min_slope, ctx.saved_tensors
+        if torch.is_grad_enabled() or not can_fuse(g):
+            # The saved root is an output of this very node, to which higher orders thus recur.
+            gy = g * (-evaluate(x, parameters, min_slope)[1]).exp()
+
+            def value(parameters: Tensor) -> tuple[Tensor]:
+                return (evaluate(x, parameters, min_slope)[0],)
+
+            return gy, *vjp(value, (parameters,), (-gy,)), None, None
+        _, ladj, saved = _forward(x, parameters, min_slope)
+        gy = g * (-ladj).exp()
+        _, grad = _backward(saved, min_slope, x, parameters, -gy, torch.zeros_like(gy))
+        return gy, grad, None, None
 
 
-def backward(kernel: Kernel, saved: Sequence[Array], *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the cotangents of numbers and parameters, given those of value and log-slope.
-
-    The tensors are numbers, parameters, and both cotangents.
-    """
-    gx, grad = run(partial(kernel.backward, saved), kernel, *tensors)
-    return tensor(gx), tensor(grad)
-
-
-def _blocks(kernel: Kernel, x: Tensor, parameters: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Splits numbers, and their parameters if they have their own, into blocks of rows."""
-    cut = parameters.ndim - kernel.event_dim
-    batch, event = parameters.shape[:cut], parameters.shape[cut:]
-    own = x.ndim == cut
-    shape = batch[-1:] if own else batch
-    rows = x.reshape(-1, *shape)
-    length = max(1, _BLOCK * len(rows) // (x.numel() * prod(event)))
-    if own:
-        parts = parameters.reshape(-1, *shape, *event).split(length)
-        return [*zip(rows.split(length), parts, strict=True)]
-    return [(part, parameters) for part in rows.split(length)]
-
-
-@honours_torch_function
-def evaluate(kernel: Kernel, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns value and log-slope of a map.
-
-    Args:
-        kernel: The map.
-        x: The numbers, with shape (*).
-        parameters: The parameters, whose batch shape broadcasts with that of the numbers.
-    """
-    x, parameters = broadcast(kernel, x, parameters)
-    if not x.numel():
-        empty = x + parameters.sum()
-        return empty, empty
-    if not can_fuse(x, parameters):
-        return kernel.plain(x, parameters)
-    if x.numel() * prod(parameters.shape[-kernel.event_dim :]) > _BLOCK:
-        blocks = [evaluate(kernel, *block) for block in _blocks(kernel, x, parameters)]
-        if len(blocks) > 1:
-            y, ladj = (torch.cat(parts).view(x.shape) for parts in zip(*blocks, strict=True))
-            return y, ladj
-    if torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad):
-        return _Evaluate.apply(kernel, x, parameters)
-    return forward(kernel, x, parameters)[:2]
+def _invert_plain(y: Tensor, parameters: Tensor, min_slope: float, solver: Solver) -> Tensor:
+    """Finds the root without a graph, and lets Newton steps carry the derivatives."""
+    rows, raw = eager.arrange_all(y.detach(), parameters.detach(), PLAIN)
+    may_branch = can_branch_on(y, parameters)
+    roots = []
+    for function in reversed(sinusoids(constrain(raw, min_slope))):
+        roots.append(solve_increasing(function, rows, solver, may_branch=may_branch))
+        rows = roots[-1].x
+    if may_branch:
+        report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
+    x = eager.restore(rows, y.shape)
+    # Each step squares the error, so that n steps have 2^n - 1 right derivatives. torch.compile
+    # takes no more than one.
+    compiling = torch.compiler.is_compiling()
+    steps = torch.is_grad_enabled() if compiling else (differentiation_levels() + 2).bit_length()
+    for _ in range(steps):
+        value, ladj = eager.plain(x, parameters, min_slope)
+        x = x - (value - y) * (-ladj.detach() if compiling else -ladj).exp()
+    return x

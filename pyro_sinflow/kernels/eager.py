@@ -1,129 +1,124 @@
-"""Chains of sinusoids: the gradient in closed form, and the inverse.
+"""A chain of sinusoids, evaluated, differentiated and inverted in closed form.
 
 Value, derivatives and gradients are linear in the waves P and Q. Where the numbers of a row share
 their parameters, small matrix products give them; where each number has its own, sums over the
 components do. Nothing of size N * K outlives a call: the backward pass keeps the inputs and slopes
 of the sinusoids, and computes the rest again.
 
-The layout is that of :mod:`pyro_sinflow.sinusoid`.
+The layout is that of :mod:`pyro_sinflow.sinusoid`. Numbers have the shape (*), which ends with the
+batch shape of the parameters. The functions take arrays without a graph, and the library for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from .._torch import (
-    can_branch_on,
-    can_fuse,
-    differentiation_levels,
-    honours_torch_function,
-    vjp,
-)
 from ..arrays import PLAIN, Array
 from ..sinusoid import Chain, bound, constrain, sinusoids
-from ..solvers import Root, Solver, report, solve_increasing
-from . import backward, broadcast, evaluate, forward, run, tensor
+from ..solvers import Root, Solver, solve_increasing
 
 _FEW = 32  # components, for which matrix products, which add one after the other, lose no digits
 
 
-def _arrange(x: Array, batch: Sequence[int]) -> Array:
-    """Brings numbers, whose shape ends with the batch shape of the parameters, into the layout."""
+def arrange(x: Array, batch: Sequence[int]) -> Array:
+    """Brings numbers into the layout."""
     n = prod(batch[-1:] if x.ndim == len(batch) else batch)
     return x.reshape(-1, 1, n).swapaxes(0, 2)
 
 
-def _arrange_parameters(parameters: Array, own: bool, xp: SimpleNamespace) -> Array:
-    """Brings parameters, which each number may own, into the layout."""
+def arrange_all(x: Array, parameters: Array, xp: SimpleNamespace) -> tuple[Array, Array]:
+    """Brings numbers, and parameters that each of them may own, into the layout."""
     *batch, m, size = parameters.shape
-    if not (own and batch):
-        return parameters.reshape(prod(batch), m, size, 1).swapaxes(0, 1)
+    numbers = xp.contiguous(arrange(x, batch))
+    if x.ndim > len(batch) or not batch:
+        return numbers, parameters.reshape(prod(batch), m, size, 1).swapaxes(0, 1)
     n = batch[-1]
     rows = xp.contiguous(parameters.reshape(-1, n * m * size).swapaxes(0, 1))
-    return rows.reshape(n, m, size, -1).swapaxes(0, 1)
+    return numbers, rows.reshape(n, m, size, -1).swapaxes(0, 1)
 
 
-def _restore(x: Array, shape: Sequence[int]) -> Array:
+def restore(x: Array, shape: Sequence[int]) -> Array:
     """Brings numbers back into the shape from which they were arranged."""
     return x.swapaxes(0, 2).reshape(shape)
 
 
-@dataclass(frozen=True)
-class ChainKernel:
-    """A chain of sinusoids, given its unconstrained parameters."""
+def plain(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, Tensor]:
+    """Returns value and log-slope, in operations that torch can transform."""
+    value, raw = arrange_all(x, parameters, PLAIN)
+    ladj = torch.zeros_like(value)
+    for sinusoid in sinusoids(constrain(raw, min_slope)):
+        value, slope = sinusoid.value_and_slope(value)
+        ladj = ladj + slope.log()
+    return restore(value, x.shape), restore(ladj, x.shape)
 
-    min_slope: float
-    event_dim = 2
 
-    def arrange(self, x: Array, parameters: Array, xp: SimpleNamespace) -> tuple[Array, Array]:
-        """Brings numbers and parameters into the layout."""
-        batch = parameters.shape[:-2]
-        raw = _arrange_parameters(parameters, x.ndim == len(batch), xp)
-        return xp.contiguous(_arrange(x, batch)), raw
+def forward(
+    x: Array, parameters: Array, *, min_slope: float, xp: SimpleNamespace
+) -> tuple[Array, Array, Sequence[Array]]:
+    """Returns value, log-slope and what the backward pass needs."""
+    value, raw = arrange_all(x, parameters, xp)
+    chain = constrain(raw, min_slope, xp)
+    inputs, slopes = [], []
+    for function in _functions(chain, xp):
+        inputs.append(value)
+        value, slope = function(value)
+        slopes.append(slope)
+    slope = xp.stack(slopes)
+    ladj = xp.log(slope).sum(0)
+    return restore(value, x.shape), restore(ladj, x.shape), (*chain[:6], slope, *inputs[1:])
 
-    def plain(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns value and log-slope, in operations that torch can transform."""
-        value, raw = self.arrange(x, parameters, PLAIN)
-        ladj = torch.zeros_like(value)
-        for sinusoid in sinusoids(constrain(raw, self.min_slope)):
-            value, slope = sinusoid.value_and_slope(value)
-            ladj = ladj + slope.log()
-        return _restore(value, x.shape), _restore(ladj, x.shape)
 
-    def forward(
-        self, x: Array, parameters: Array, xp: SimpleNamespace
-    ) -> tuple[Array, Array, Sequence[Array]]:
-        """Returns value, log-slope and what the backward pass needs, of arrays without a graph."""
-        value, raw = self.arrange(x, parameters, xp)
-        chain = constrain(raw, self.min_slope, xp)
-        inputs, slopes = [], []
-        for function in _functions(chain, xp):
-            inputs.append(value)
-            value, slope = function(value)
-            slopes.append(slope)
-        slope = xp.stack(slopes)
-        ladj = xp.log(slope).sum(0)
-        saved = (*chain[:6], slope, *inputs[1:])
-        return _restore(value, x.shape), _restore(ladj, x.shape), saved
+def backward(
+    x: Array,
+    parameters: Array,
+    gy: Array,
+    gl: Array,
+    *,
+    saved: Sequence[Array],
+    min_slope: float,
+    xp: SimpleNamespace,
+) -> tuple[Array, Array]:
+    """Returns the cotangents of numbers and parameters, given those of value and log-slope."""
+    shape, batch = x.shape, parameters.shape[:-2]
+    x, raw = arrange_all(x, parameters, xp)
+    g, gl = arrange(gy, batch), arrange(gl, batch)
+    chain, slopes, xs = Chain._make((*saved[:6], None)), saved[6], xp.stack((x, *saved[7:]))
+    derivative = (_ByProducts if _by_products(chain) else _BySums)(xs, chain, xp)
+    curvature = derivative.curvature()
+    g_slope = gl / slopes
+    curvature *= g_slope
+    # From the last sinusoid to the first: the cotangent of each one's value.
+    values = []
+    for i in reversed(range(len(xs))):
+        values.append(g)
+        g = g * slopes[i] + curvature[i]
+    reduced = derivative.reduce(xp.stack(values[::-1]), g_slope)
+    grads = _parameter_gradients(reduced, raw, chain, min_slope, xp)
+    m, b, size, own = raw.shape
+    grad = xp.concatenate(grads if size % 3 == 2 else grads[:4], 2).swapaxes(0, 1)
+    if own > 1:
+        grad = grad.reshape(b * m * size, own).swapaxes(0, 1)
+    return restore(g, shape), grad.reshape(parameters.shape)
 
-    def backward(
-        self,
-        saved: Sequence[Array],
-        x: Array,
-        parameters: Array,
-        gy: Array,
-        gl: Array,
-        xp: SimpleNamespace,
-    ) -> tuple[Array, Array]:
-        """Returns the cotangents of numbers and parameters, given those of value and log-slope."""
-        shape, batch = x.shape, parameters.shape[:-2]
-        x, raw = self.arrange(x, parameters, xp)
-        g, gl = _arrange(gy, batch), _arrange(gl, batch)
-        chain, slopes, xs = Chain._make((*saved[:6], None)), saved[6], xp.stack((x, *saved[7:]))
-        derivative = (_ByProducts if _by_products(chain) else _BySums)(xs, chain, xp)
-        curvature = derivative.curvature()
-        g_slope = gl / slopes
-        curvature *= g_slope
-        # From the last sinusoid to the first: the cotangent of each one's value.
-        values = []
-        for i in reversed(range(len(xs))):
-            values.append(g)
-            g = g * slopes[i] + curvature[i]
-        reduced = derivative.reduce(xp.stack(values[::-1]), g_slope)
-        grads = _parameter_gradients(reduced, raw, chain, self.min_slope, xp)
-        m, b, size, own = raw.shape
-        grad = xp.concatenate(grads if size % 3 == 2 else grads[:4], 2).swapaxes(0, 1)
-        if own > 1:
-            grad = grad.reshape(b * m * size, own).swapaxes(0, 1)
-        return _restore(g, shape), grad.reshape(parameters.shape)
+
+def invert(
+    y: Array, parameters: Array, *, min_slope: float, solver: Solver, xp: SimpleNamespace
+) -> tuple[Array, list[Root]]:
+    """Returns the numbers with the values y, and what was found for each sinusoid."""
+    rows, raw = arrange_all(y, parameters, xp)
+    chain = constrain(raw, min_slope, xp)
+    functions = _functions(chain, xp, curvature=True)
+    roots: list[Root] = []
+    for sinusoid, fast in reversed([*zip(sinusoids(chain, xp), functions, strict=True)]):
+        roots.append(solve_increasing(sinusoid, rows, solver, fast))
+        rows = roots[-1].x
+    return restore(rows, y.shape), roots
 
 
 class _Product(NamedTuple):
@@ -297,94 +292,3 @@ def _parameter_gradients(
     by_w -= w * by_alpha
     by_w *= limit * alpha
     return by_a, by_phase, by_w, limit * by_alpha * (1 - alpha * alpha), reduced.total
-
-
-class _Invert(Function):
-    """The root x of f(x) = y, with derivatives by the implicit function theorem."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, kernel: ChainKernel, y: Tensor, parameters: Tensor, solver: Solver
-    ) -> Tensor:
-        x = _root(kernel, y, parameters, solver)
-        ctx.save_for_backward(x, parameters)
-        ctx.kernel = kernel
-        ctx.set_materialize_grads(False)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return None, None, None, None
-        kernel, (x, parameters) = ctx.kernel, ctx.saved_tensors
-        if torch.is_grad_enabled() or not can_fuse(g):
-            # The saved root is an output of this very node, to which higher orders thus recur.
-            gy = g * (-evaluate(kernel, x, parameters)[1]).exp()
-
-            def value(parameters: Tensor) -> tuple[Tensor]:
-                return (evaluate(kernel, x, parameters)[0],)
-
-            return None, gy, *vjp(value, (parameters,), (-gy,)), None
-        _, ladj, saved = forward(kernel, x, parameters)
-        gy = g * (-ladj).exp()
-        _, grad = backward(kernel, saved, x, parameters, -gy, torch.zeros_like(gy))
-        return None, gy, grad, None
-
-
-def _root(kernel: ChainKernel, y: Tensor, parameters: Tensor, solver: Solver) -> Tensor:
-    """Inverts the sinusoids of a chain, the last first."""
-    roots: list[Root] = []
-
-    def solve(y: Array, parameters: Array, xp: SimpleNamespace) -> Array:
-        rows, raw = kernel.arrange(y, parameters, xp)
-        chain = constrain(raw, kernel.min_slope, xp)
-        functions = _functions(chain, xp, curvature=True)
-        for sinusoid, fast in reversed([*zip(sinusoids(chain, xp), functions, strict=True)]):
-            roots.append(solve_increasing(sinusoid, rows, solver, fast))
-            rows = roots[-1].x
-        return _restore(rows, y.shape)
-
-    x = run(solve, kernel, y, parameters)
-    report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
-    return tensor(x)
-
-
-def _invert_plain(kernel: ChainKernel, y: Tensor, parameters: Tensor, solver: Solver) -> Tensor:
-    """Finds the root without a graph, and lets Newton steps carry the derivatives."""
-    rows, raw = kernel.arrange(y.detach(), parameters.detach(), PLAIN)
-    may_branch = can_branch_on(y, parameters)
-    roots: list[Root] = []
-    for function in reversed(sinusoids(constrain(raw, kernel.min_slope))):
-        roots.append(solve_increasing(function, rows, solver, may_branch=may_branch))
-        rows = roots[-1].x
-    if may_branch:
-        report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
-    x = _restore(rows, y.shape)
-    # Each step squares the error, so that n steps have 2^n - 1 right derivatives. torch.compile
-    # takes no more than one.
-    compiling = torch.compiler.is_compiling()
-    steps = torch.is_grad_enabled() if compiling else (differentiation_levels() + 2).bit_length()
-    for _ in range(steps):
-        value, ladj = kernel.plain(x, parameters)
-        x = x - (value - y) * (-ladj.detach() if compiling else -ladj).exp()
-    return x
-
-
-@honours_torch_function
-def invert(kernel: ChainKernel, y: Tensor, parameters: Tensor, solver: Solver) -> Tensor:
-    """Returns the numbers at which a chain of sinusoids has the values y.
-
-    Args:
-        kernel: The chain.
-        y: The values, with shape (*).
-        parameters: The parameters, whose batch shape broadcasts with that of the values.
-        solver: Method, tolerance and number of iterations.
-    """
-    y, parameters = broadcast(kernel, y, parameters)
-    if not y.numel():
-        return y + parameters.sum()
-    if not can_fuse(y, parameters):
-        return _invert_plain(kernel, y, parameters, solver)
-    if torch.is_grad_enabled() and (y.requires_grad or parameters.requires_grad):
-        return _Invert.apply(kernel, y, parameters, solver)
-    return _root(kernel, y, parameters, solver)
