@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -46,11 +45,6 @@ def inverse(t: Transform, y: Tensor) -> Tensor:
     return t._inverse(y) if isinstance(t, Bijection) else t.inv(y)
 
 
-@cache
-def _real(event_dim: int) -> constraints.Constraint:
-    return constraints.independent(constraints.real, event_dim)
-
-
 class _Pair(NamedTuple):
     """What the cache keeps. Threads may share it, so it is read and replaced as a whole."""
 
@@ -82,7 +76,7 @@ class Bijection(Transform):
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
         """All real events."""
-        return _real(self._event_dim)
+        return constraints.independent(constraints.real, self._event_dim)
 
     codomain = domain
 

@@ -37,8 +37,9 @@ class _LazyComposition(LazyComposedTransform):
 
     def forward(self, c: Tensor | None = None) -> Composition:
         """Returns the composition, given a context."""
+        transforms = [t(c) for t in self.transforms]
         context_shape = Size() if c is None else c.shape[:-1]
-        return Composition(*[t(c) for t in self.transforms], context_shape=context_shape)
+        return Composition(*transforms, context_shape=context_shape)
 
 
 class SinusoidalFlow(Flow):

@@ -97,7 +97,8 @@ class LazyTriangular(Lazy):
     def extra_repr(self) -> str:
         """Shows the univariate transformation and the shapes of its arguments."""
         shapes = [tuple(s) for s in self.shapes]
-        return f"(univariate): {name_of(self.univariate)}, shapes: {shapes}"
+        solver = "" if self.solver == Solver() else f", solver: {self.solver}"
+        return f"(univariate): {name_of(self.univariate)}, shapes: {shapes}{solver}"
 
     def meta(self, c: Tensor | None, x: Tensor) -> Transform:
         """Returns the element-wise transformation, given context and features."""
@@ -223,7 +224,10 @@ class LazySinusoids(LazyElementWise):
     def extra_repr(self) -> str:
         """Shows the sizes of the chain."""
         *_, sinusoids, size = self.parameter.shape
-        return f"sinusoids: {sinusoids}, components: {size // 3}, min_slope: {self.min_slope}"
+        solver = "" if self.solver == Solver() else f", solver: {self.solver}"
+        return (
+            f"sinusoids: {sinusoids}, components: {size // 3}, min_slope: {self.min_slope}{solver}"
+        )
 
     def forward(self, c: Tensor | None = None) -> SinusoidalChain:
         """Returns the transformation, given a context."""

@@ -1,19 +1,25 @@
 """Checkpoints and exported programs give the flow's numbers, to the bit."""
 
+import io
 import pickle
+from functools import partial
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import perturb
+from pyro.distributions.transforms import iterated
+from pyro.infer.autoguide import AutoNormalizingFlow
 from torch import nn
 
-from pyro_sinflow import SinusoidalFlow
+from pyro_sinflow import SinusoidalFlow, Solver, ldu, sinusoidal
 
 CONDITIONERS = [{}, {"scale": False}, {"conditioner": "autoregressive"}]
 
 
 def make(options):
-    return SinusoidalFlow(3, context=2, transforms=2, **options)
+    return SinusoidalFlow(3, context=2, **{"transforms": 2, **options})
 
 
 @pytest.mark.parametrize("options", CONDITIONERS)
@@ -23,21 +29,55 @@ def test_pickle_of_a_distribution(options):
     assert torch.equal(flow(c).log_prob(x), other.log_prob(x))
 
 
+def saved(traced):
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("options", CONDITIONERS)
-def test_trace_of_an_inverse(options):
-    class Inverse(nn.Module):
+@pytest.mark.parametrize("what", ["log_prob", "inverse", "sample"])
+@pytest.mark.parametrize("options", CONDITIONERS[::2])
+def test_a_traced_flow_gives_the_same_numbers_after_it_is_saved(options, what):
+    class Use(nn.Module):
         def __init__(self):
             super().__init__()
-            self.flow = perturb(make(options), 0.1).eval()
+            few = {"transforms": 1, "sinusoids": 2, "solver": Solver(max_iter=8)}
+            self.flow = perturb(make({**options, **few}), 0.1)  # a trace records all iterations
 
-        def forward(self, z, c):
-            return self.flow(c).transform.inv(z)
+        def forward(self, x, c):
+            d = self.flow(c)
+            if what == "inverse":
+                return d.transform.inv(x)
+            return d.log_prob(x) if what == "log_prob" else d.sample((7,))
 
-    inverse, c = Inverse(), torch.randn(5, 2)
-    traced = torch.jit.trace(inverse, (torch.randn(5, 3), c))
-    z = torch.randn(5, 3)
-    assert torch.allclose(traced(z, c), inverse(z, c), atol=1e-5)
+    use, results = Use(), []
+    traced = torch.jit.trace(use, (torch.randn(5, 3), torch.randn(5, 2)), check_trace=False)
+    x, c = torch.randn(9, 3), torch.randn(9, 2)
+    for f in (use, saved(traced)):
+        torch.manual_seed(1)
+        results.append(f(x, c))
+    assert torch.allclose(*results, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("transform", [ldu, sinusoidal, partial(iterated, 2, ldu)])
+def test_a_traced_guide_gives_the_same_samples_after_it_is_saved(transform):
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+
+    guide = AutoNormalizingFlow(model, transform)
+    guide()
+    perturb(guide)
+    traced = torch.jit.trace_module(guide, {"call": ()}, check_trace=False)
+    results = []
+    for f in (guide.call, saved(traced).call):
+        pyro.set_rng_seed(1)
+        results.append(f())
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", CONDITIONERS)

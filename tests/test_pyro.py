@@ -463,7 +463,7 @@ def test_conditional_density_by_maximum_likelihood():
         loss.backward()
         optimizer.step()
     entropy = 0.5 * (1 + torch.log(torch.tensor(2 * torch.pi))) + torch.log(torch.tensor(0.2))
-    assert float(loss) < entropy + 0.1
+    assert loss.item() < entropy + 0.1
 
 
 def test_zuko_to_pyro():

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -97,11 +98,12 @@ def test_sinusoid_as_univariate(lazy):
     c, x = torch.randn(2), torch.randn(5, 3)
     assert "SinusoidalTransform(components: 4" in repr(t)
     assert torch.allclose(t(c).inv(t(c)(x)), x, atol=1e-4)
-    fast = fast_inverse(Flow([t], standard(3)))
+    triangular = lazy is MaskedAutoregressiveTransform
+    with nullcontext() if triangular else pytest.warns(UserWarning, match="no MaskedAuto"):
+        fast = fast_inverse(Flow([t], standard(3)))
     with record_inversions() as records:
         assert torch.allclose(fast(c).transform.inv(t(c)(x)), x, atol=1e-4)
-    triangular = any(r.problem == "triangular" for r in records)
-    assert triangular == (lazy is MaskedAutoregressiveTransform)
+    assert any(r.problem == "triangular" for r in records) == triangular
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -119,7 +121,9 @@ def test_state_dict_and_pickle(options):
     assert torch.equal(again(c).log_prob(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(flow))(c).log_prob(x), expected)
     assert torch.equal(copy.deepcopy(flow)(c).log_prob(x), expected)
-    assert torch.equal(fast_inverse(flow)(c).log_prob(x), expected)
+    with pytest.warns(UserWarning, match="SinusoidalFlow has no MaskedAutoregressiveTransform"):
+        fast = fast_inverse(flow)
+    assert torch.equal(fast(c).log_prob(x), expected)
 
     file = io.BytesIO()
     torch.save(flow, file)

@@ -1,0 +1,115 @@
+"""Contexts: large ones, those of half precision, and those that do not fit."""
+
+import pytest
+import torch
+import zuko
+from conftest import perturb
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyro_sinflow import ConditionalLDU, PixelCNN, SinusoidalFlow, fast_inverse
+
+IMAGES = {"network": PixelCNN, "hidden_features": (4,)}
+FLOWS = {
+    "scale": lambda c: SinusoidalFlow(4, c, transforms=2),
+    "shift": lambda c: SinusoidalFlow(4, c, transforms=2, scale=False),
+    "context_diagonal": lambda c: SinusoidalFlow(4, c, transforms=2, context_diagonal=True),
+    "autoregressive": lambda c: SinusoidalFlow(4, c, transforms=2, conditioner="autoregressive"),
+    "PixelCNN": lambda c: SinusoidalFlow((1, 2, 2), c, transforms=2, **IMAGES),
+    "fast_inverse(NSF)": lambda c: fast_inverse(zuko.flows.NSF(4, c, transforms=2)),
+}
+
+
+def features(name, *batch):
+    return torch.randn(*batch, *((1, 2, 2) if name == "PixelCNN" else (4,)))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.size = max(self.size, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_large_context_needs_no_more_than_its_weights(name):
+    context, rows = 4096, 50
+    flow = FLOWS[name](context)
+    c, x = torch.randn(context), features(name, rows)
+    with Largest() as largest:
+        flow(c).sample((rows,))
+        flow(c).rsample((rows,)).sum().backward()
+        flow(c).log_prob(x).sum().backward()
+    weights = max(p.numel() for p in flow.parameters())
+    assert weights >= 4 * context
+    assert largest.size <= max(weights, rows * (context + 4))
+
+
+def test_an_image_needs_no_matrix_of_features():
+    shape, rows = (1, 24, 24), 2
+    flow = SinusoidalFlow(shape, transforms=1, **IMAGES)
+    x = torch.randn(rows, *shape)
+    with Largest() as largest:
+        flow().sample((rows,))
+        flow().rsample((rows,)).sum().backward()
+        flow().log_prob(x).sum().backward()
+    features = x[0].numel()
+    assert largest.size < features**2 / 4
+
+
+NATIVE = [name for name in FLOWS if name != "fast_inverse(NSF)"]
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("name", NATIVE)
+def test_batches_that_do_not_broadcast_are_named(name, direction):
+    d, x = FLOWS[name](2)(torch.randn(5, 2)), features(name, 4)
+    with pytest.raises(ValueError, match=r"broadcast.*\(4,\).*context.* \(5,\)"):
+        d.log_prob(x) if direction == "forward" else d.transform.inv(x)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("options", [{}, {"scale": False}, {"context_diagonal": True}])
+def test_a_block_names_batches_that_do_not_broadcast(options, direction):
+    block, x = ConditionalLDU(3, 2, **options), torch.randn(4, 3)
+    for t in (block(torch.randn(5, 2)), block.condition(torch.randn(5, 2))):
+        f = t if direction == "forward" else t.inv
+        for use in (f, f.call_and_ladj, lambda x, f=f: f.log_abs_det_jacobian(x, x)):
+            with pytest.raises(ValueError, match=r"broadcast.*\(4,\).*context.* \(5,\)"):
+                use(x)
+
+
+def gradients(enabled, flow, encoder, z, loss):
+    """The gradients of a loss of a flow whose context is computed with or without autocast."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        c = encoder(z)
+        assert c.dtype == (torch.bfloat16 if enabled else torch.float32)
+        value = loss(flow(c))
+    inputs = [*encoder.parameters(), *flow.parameters()]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, inputs)])
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("what", ["score", "score after a sample", "sample"])
+def test_contexts_that_are_computed_under_autocast(name, what):
+    flow, encoder = perturb(FLOWS[name](2), 0.05), nn.Linear(3, 2)
+    x, z = features(name, 60), torch.randn(60, 3)
+
+    def loss(d):
+        if what == "sample":
+            return d.transform.inv(x).sin().mean()
+        if what == "score after a sample":
+            d.rsample((4,))  # autocast keeps the weights that it casts
+        return d.log_prob(x).mean()
+
+    half, single = (gradients(enabled, flow, encoder, z, loss) for enabled in (True, False))
+    assert (half - single).norm() < 0.2 * single.norm()
