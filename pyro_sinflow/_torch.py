@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
+from operator import is_
 from types import CellType, FunctionType, MethodType
 from typing import Any, ParamSpec, TypeVar
 
@@ -162,42 +163,53 @@ class State:
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
-        self._entries: list[tuple[dict[Any, Any] | None, Any, Any]] = []
-        self._keys: list[tuple[dict[Any, Any], list[Any]]] = []
+        self._root: list[tuple[str, Any]] = []  # what the root holds
+        self._places: list[tuple[dict[Any, Any], Any]] = []
+        self._values: list[Any] = []  # what there is at these places
+        self._containers: list[dict[Any, Any]] = []
+        self._tensors: list[Tensor] = []
         self._seen: set[int] = set()
         self._add(None, root)
+        self._lengths = [*map(len, self._containers)]
+        self._is_known = not any(t.is_inference() for t in self._tensors)  # those have no versions
+
+    def _keep(self, container: dict[Any, Any] | None, key: Any, value: Any) -> None:
+        if container is None:
+            self._root.append((key, value))
+        else:
+            self._places.append((container, key))
+            self._values.append(value)
 
     def _add(self, container: dict[Any, Any] | None, values: dict[Any, Any]) -> None:
         if container is not None:
-            self._keys.append((container, [*container]))
+            self._containers.append(container)
         for key, value in values.items():
             if type(value) in _PLAIN:
                 continue
-            held = None if isinstance(value, Tensor) else _held(value)
-            if isinstance(value, Tensor) or held is not None:
-                self._entries.append((container, key, value))
-            if held is not None and id(value) not in self._seen:
-                self._seen.add(id(value))
-                self._add(held, held)
+            if isinstance(value, Tensor):
+                self._keep(container, key, value)
+                self._tensors.append(value)
+            elif (held := _held(value)) is not None:
+                self._keep(container, key, value)
+                if id(value) not in self._seen:
+                    self._seen.add(id(value))
+                    self._add(held, held)
         if "_modules" in values:
-            self._entries.append((container, "training", values["training"]))
+            self._keep(container, "training", values["training"])
             for name in _PARTS:
                 self._add(values[name], values[name])
 
     def versions(self, root: dict[str, Any]) -> list[int] | None:
         """Returns the versions of the tensors; none if anything else has changed."""
-        versions = []
-        for values, keys in self._keys:
-            if [*values] != keys:
+        if not self._is_known or [*map(len, self._containers)] != self._lengths:
+            return None
+        for key, value in self._root:
+            if root.get(key) is not value:
                 return None
-        for container, key, value in self._entries:
-            if (root if container is None else container).get(key) is not value:
-                return None
-            if isinstance(value, Tensor):
-                if value.is_inference():  # it may change unnoticed
-                    return None
-                versions.append(2 * value._version + value.requires_grad)
-        return versions
+        now = [container.get(key) for container, key in self._places]
+        if not all(map(is_, now, self._values)):
+            return None
+        return [2 * t._version + t.requires_grad for t in self._tensors]
 
 
 def modes(x: Tensor) -> tuple[Any, ...]:
