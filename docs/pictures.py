@@ -55,7 +55,7 @@ def components() -> None:
 def block() -> None:
     """Draws the Jacobians of an LDU block and of its parts."""
     torch.manual_seed(0)
-    t = LDU(8)
+    t = LDU(8, scale=False)
     with torch.no_grad():
         for parameter in t.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

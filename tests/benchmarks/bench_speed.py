@@ -140,7 +140,7 @@ class TestTrainingStep:
     def test_naive_sinusoids(self, benchmark, paper_flow, floor, monkeypatch):
         flow, x = paper_flow
         monkeypatch.setattr(
-            SinusoidalChain, "_call_and_ladj", lambda self, x: naive_chain(x, self.parameters)
+            SinusoidalChain, "_call_and_ladj", lambda self, x: naive_chain(x, self.packed)
         )
         step = training_step([*flow.parameters()], lambda: -flow().log_prob(x).mean())
         measure(benchmark, self.group, step, unit=floor)
@@ -221,7 +221,7 @@ def algorithm_1(flow, y):
         y = affine.inv(y)
         for block in reversed(blocks):
             y = solve(block.lower, y)
-            for one in reversed(block.diagonal.parameters.split(1, dim=-2)):
+            for one in reversed(block.diagonal.packed.split(1, dim=-2)):
                 y = solve(lambda x, one=one: naive_chain(x, one)[0], y)
             y = solve(block.upper, y)
         return y
