@@ -176,7 +176,7 @@ def afford(seconds: float, make: Callable[[int], Flow], data: Data, checkpoint: 
         return Budget(**torch.load(checkpoint, weights_only=True)["budget"])
     flow, trial = make(data.train.shape[1]), Budget(50)
     fit("warm-up", flow, data, Budget(1))  # the first step of all takes longer
-    # Processor time, lest other jobs slow one flow more than another.
+    # Processor time, so that other jobs do not slow one flow more than another.
     spent = timeit(lambda: fit("pace", flow, data, trial), timer=process_time, number=1)
     steps = int(trial.steps * seconds / spent)
     return Budget(max(steps, 1), patience=steps / 3)

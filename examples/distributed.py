@@ -78,7 +78,7 @@ def train(flow: Flow, x: Tensor, args: argparse.Namespace) -> list[float]:
             if rank == 0 and (step + 1) % args.every == 0:
                 saved = {"flow": flow.state_dict(), "optimiser": optimiser.state_dict()}
                 torch.save(saved | {"losses": losses}, partial := checkpoint.with_suffix(".part"))
-                partial.replace(checkpoint)  # in one go, lest a failure leave half a file
+                partial.replace(checkpoint)  # in one step, so that a failure leaves no partial file
     return losses
 
 

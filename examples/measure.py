@@ -34,7 +34,7 @@ CONDITIONERS: dict[str, dict[str, Any]] = {
     "autoregressive": {"conditioner": "autoregressive"},
 }
 BLOCKS = 8
-AT_ONCE = 10  # samples: of many more, features are settled one after the other
+AT_ONCE = 10  # samples: larger batches are inverted by forward substitution
 # The errors to stay below, by dtype.
 COMPOSED_AIM = {"float32": 1e-5, "float64": 1e-11}
 SINUSOID_AIM = {"float32": 5e-6, "float64": 1e-13}

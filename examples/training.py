@@ -115,7 +115,7 @@ def fit(
                 saved = {key: part.state_dict() for key, part in parts.items()}
                 saved |= {"budget": asdict(budget), "random": torch.get_rng_state()}
                 saved |= {"progress": (step, best, best_step, weights)}
-                # In one go, lest an interruption leave half a file.
+                # In one step, so that an interruption leaves no partial file.
                 torch.save(saved, partial := checkpoint.with_suffix(".partial"))
                 partial.replace(checkpoint)
 
