@@ -61,7 +61,7 @@ def block() -> None:
             parameter.add_(0.3 * torch.randn_like(parameter))
     x = torch.randn(8)
     jacobians, value = {}, x
-    for name, part in zip(("U", "D", "L"), t.parts, strict=True):
+    for name, part in zip(("U", "D", "L"), t.transforms, strict=True):
         jacobians[name] = torch.autograd.functional.jacobian(part, value)
         value = part(value).detach()
     product = torch.autograd.functional.jacobian(t, x)
