@@ -4,6 +4,7 @@ from ._version import __version__
 from .autoregressive import AutoregressiveMap
 from .element_wise import SinusoidalTransform
 from .flows import FastInverse, SinusoidalFlow, fast_inverse
+from .guides import AutoLDU
 from .lazy import ConditionalLDU, LazyTriangular
 from .modules import LDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
 from .networks import MaskedNetwork
@@ -13,6 +14,7 @@ from .transforms import LDUTransform, TriangularTransform
 
 __all__ = [
     "LDU",
+    "AutoLDU",
     "AutoregressiveMap",
     "ConditionalLDU",
     "FastInverse",

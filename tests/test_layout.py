@@ -13,6 +13,7 @@ ORDER = [
     *("_torch", "_validate", "arrays", "sinusoid", "solvers", "kernels.eager", "kernels"),
     *("networks", "pixelcnn", "sequential", "bijection", "autoregressive", "nilpotent"),
     *("implicit", "element_wise", "transforms", "lazy", "modules", "flows"),
+    "guides",
 ]
 
 
@@ -98,13 +99,14 @@ def defined(node):
     return []
 
 
-PUBLIC = {"_asdict", "_fields", "_make", "_replace"}  # of named tuples
+NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}
+AUTO_CONTINUOUS = {"_init_loc", "_setup_prototype", "_unpack_latent"}  # what its subclasses use
 
 
 @cache
 def own():
     """The names that the package defines."""
-    return PUBLIC | {n for name in FILES for node in nodes(name) for n in defined(node)}
+    return NAMED_TUPLE | AUTO_CONTINUOUS | {n for name in FILES for node in nodes(name) for n in defined(node)}
 
 
 def private(name):

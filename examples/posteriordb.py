@@ -1,0 +1,404 @@
+"""Guides on nine posteriors of posteriordb, for equal steps and for equal processor time.
+
+Each guide is fitted by SVI from several seeds, with the same optimiser and learning rates. Printed
+are, for each posterior and guide, means over seeds of: the ELBO; the worst and the mean error of a
+mean, in standard deviations of the reference; those of the logarithm of a standard deviation; the
+Pareto k of importance sampling, which is reliable below 0.7, and its effective samples per second;
+and the time of a step over that of AutoIAFNormal. NUTS is run on two of the posteriors, with and
+without NeuTra. Every fit is written to a folder at once, and read from there if the command is
+given again; tables and a picture are made of them.
+
+--data-root is a copy of stan-dev/posteriordb, or a folder of its data as JSON and draws as arrays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import torch
+from posteriors import MODELS, Posterior, read
+from pyro import poutine
+from pyro.distributions.transforms import iterated, spline_autoregressive
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoContinuous,
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormalizingFlow,
+)
+from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
+from pyro.infer.reparam import NeuTraReparam
+from pyro.ops.stats import effective_sample_size
+from pyro.optim import ClippedAdam
+from torch import Tensor
+from tqdm import tqdm
+from training import arguments, print_table
+
+from pyro_sinflow import AutoLDU
+
+Model = Callable[[], None]
+Fit = dict[str, Any]
+GUIDES: dict[str, Callable[[Model], AutoContinuous]] = {
+    "AutoLDU": AutoLDU,
+    "AutoIAFNormal": partial(AutoIAFNormal, hidden_dim=[64, 64], num_transforms=2),
+    "spline autoregressive": partial(
+        AutoNormalizingFlow,
+        init_transform_fn=partial(iterated, 2, spline_autoregressive, hidden_dims=[64, 64]),
+    ),
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoDiagonalNormal": AutoDiagonalNormal,
+}
+HARDEST = ("eight_schools-eight_schools_noncentered", "kidiq-kidscore_interaction")
+SHOWN = ("AutoLDU", "AutoIAFNormal", "AutoMultivariateNormal")
+LAST = 0.01  # the share of the learning rate that is left at the end
+
+
+def fit(
+    model: Model, guide: AutoContinuous, lr: float, *, steps: int = 0, seconds: float = 0.0
+) -> tuple[int, float]:
+    """Fits a guide by SVI, for some steps or for some time of the processor.
+
+    The learning rate falls exponentially along either.
+
+    Returns:
+        The number of steps, and the time that they took.
+    """
+    loss = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=0)
+    svi = SVI(model, guide, optimiser := ClippedAdam({"lr": lr}), loss)
+    start, step, share = time.process_time(), 0, 0.0
+    while share < 1:
+        svi.step()
+        step += 1
+        spent = time.process_time() - start
+        share = step / steps if steps else spent / seconds
+        for inner in optimiser.optim_objs.values():
+            inner.param_groups[0]["lr"] = lr * LAST**share
+    return step, spent
+
+
+def flatten(draws: dict[str, Tensor], sites: Sequence[str]) -> Tensor:
+    """Returns the draws of some sites as rows."""
+    return torch.cat([draws[site].reshape(len(draws[site]), -1) for site in sites], dim=1).double()
+
+
+def score(posterior: Posterior, guide: AutoContinuous, draws: int) -> tuple[Fit, Tensor]:
+    """Compares a fitted guide with the reference, and returns its draws as well."""
+    with torch.no_grad():
+        k = float(psis_diagnostic(posterior.model, guide, num_particles=draws, max_plate_nesting=0))
+        start = time.process_time()
+        log_weights, trace, _ = vectorized_importance_weights(
+            posterior.model, guide, num_samples=draws, max_plate_nesting=0, normalized=False
+        )
+    spent = time.process_time() - start
+    log_weights = log_weights.double()
+    weights = (log_weights - log_weights.max()).exp()
+    sites = common_sites(posterior, trace.nodes)
+    samples = flatten({site: trace.nodes[site]["value"] for site in sites}, sites)
+    reference = flatten(posterior.draws, sites)
+    std, mean = torch.std_mean(reference, dim=0)
+    means = ((samples.mean(0) - mean) / std).abs()
+    log_stds = (samples.std(0) / std).log().abs()
+    result = {
+        "elbo": float(log_weights.mean()),
+        "error": float(log_weights.std()) / draws**0.5,
+        "means": [float(means.max()), float(means.mean())],
+        "log stds": [float(log_stds.max()), float(log_stds.mean())],
+        "k": k,
+        "effective per second": float(weights.sum().square() / weights.square().sum()) / spent,
+    }
+    return result, samples[:2000]
+
+
+def common_sites(posterior: Posterior, sites: Any) -> list[str]:
+    """Returns the sites of the reference that the model has as well."""
+    return [site for site in posterior.draws if site in sites]
+
+
+def run_fit(name: str, guide: str, mode: str, seed: int, args: argparse.Namespace) -> None:
+    """Fits a guide, and writes what it reached."""
+    torch.set_num_threads(1)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    posterior = read(args.data_root, name)
+    q = GUIDES[guide](posterior.model)
+    q()
+    budget = {mode: getattr(args, mode)}
+    try:
+        steps, spent = fit(posterior.model, q, args.lr, **budget)
+        result, samples = score(posterior, q, args.draws)
+    except ValueError as error:  # of a guide that has reached NaN
+        result, samples = {"failed": str(error).partition("\n")[0]}, torch.empty(0)
+    else:
+        result |= {"steps": steps, "seconds": spent}
+    stem = file_of(name, guide, mode, seed, args)
+    np.save(stem.with_suffix(".npy"), samples.float().numpy())
+    stem.with_suffix(".json").write_text(json.dumps(result))
+
+
+def file_of(name: str, guide: str, mode: str, seed: int, args: argparse.Namespace) -> Path:
+    """Returns where the results of a fit are, without the suffix."""
+    budget = f"{mode}{getattr(args, mode):g}"
+    return args.out / "fits" / f"{name}_{guide.replace(' ', '-')}_{budget}_lr{args.lr:g}_{seed}"
+
+
+def walk(model: Model, draws: int) -> tuple[dict[str, Tensor], int]:
+    """Draws by NUTS, and returns the draws and the number of gradients after the warm-up."""
+    count = begin = 0
+
+    def counted() -> None:
+        nonlocal count
+        count += 1
+        model()
+
+    def note(kernel: NUTS, samples: Any, stage: str, i: int) -> None:
+        nonlocal begin
+        if stage == "Warmup":
+            begin = count
+
+    kernel = NUTS(counted, max_tree_depth=8)
+    mcmc = MCMC(kernel, num_samples=draws, warmup_steps=draws // 2, hook_fn=note)
+    mcmc.run()
+    return mcmc.get_samples(), count - begin
+
+
+def run_nuts(name: str, args: argparse.Namespace) -> None:
+    """Draws from a posterior by NUTS, plain and in the noise of a fitted guide."""
+    posterior = read(args.data_root, name)
+    sites = list(posterior.draws)
+    reference = flatten(posterior.draws, sites)
+    std, mean = torch.std_mean(reference, dim=0)
+    results = {}
+    for method in ("NUTS", "NeuTra, AutoLDU", "NeuTra, AutoIAFNormal"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        if method == "NUTS":
+            draws, gradients = walk(posterior.model, args.nuts)
+        else:
+            guide = GUIDES[method.removeprefix("NeuTra, ")](posterior.model)
+            guide()
+            fit(posterior.model, guide, args.lr, seconds=args.seconds)
+            neutra = NeuTraReparam(guide.requires_grad_(False))
+            model = pyro.poutine.reparam(posterior.model, config=lambda _, n=neutra: n)
+            noise, gradients = walk(model, args.nuts)
+            (latent,) = noise.values()
+            draws = {k: v.detach() for k, v in neutra.transform_sample(latent).items()}
+        rows = flatten(draws, sites)
+        results[method] = {
+            "effective": float(effective_sample_size(rows.unsqueeze(0)).min()),
+            "gradients": gradients,
+            "means": float(((rows.mean(0) - mean) / std).abs().max()),
+        }
+    (args.out / "fits" / f"nuts_{name}_{args.nuts}.json").write_text(json.dumps(results))
+
+
+def margin(rows: Tensor) -> tuple[int, int]:
+    """Returns the two columns that depend most on each other, by values or by spreads."""
+    ranks = rows.argsort(0).argsort(0).double()
+    spreads = (ranks - ranks.mean(0)).abs()
+    size = rows.shape[1]
+    correlation = torch.cat((ranks, spreads), dim=1).T.corrcoef()[:size].abs()
+    values, funnels = correlation.split(size, dim=1)
+    dependence = torch.maximum(values, funnels).fill_diagonal_(0)
+    return divmod(int(dependence.argmax()), size)
+
+
+def picture(results: dict[tuple[str, str, str], list[Fit]], args: argparse.Namespace) -> None:
+    """Draws the hardest margin of each posterior: reference, and guides of equal time."""
+    names = [*dict.fromkeys(name for name, _, _ in results)]
+    fig, axes = plt.subplots(
+        len(names), len(SHOWN) + 1, figsize=(11, 2.2 * len(names)), layout="constrained"
+    )
+    for row, name in zip(np.atleast_2d(axes), names, strict=True):
+        posterior = read(args.data_root, name)
+        sites = common_sites(posterior, poutine.trace(posterior.model).get_trace().nodes)
+        reference = flatten(posterior.draws, sites)
+        labels = [
+            f"{site}[{i}]" if posterior.draws[site].ndim > 1 else site
+            for site in sites
+            for i in range(posterior.draws[site][0].numel())
+        ]
+        positive = reference.min(0).values > 0
+        i, j = margin(reference)
+        clouds = {"reference": reference[:: len(reference) // 2000]}
+        for guide in SHOWN:
+            clouds[guide] = torch.as_tensor(
+                np.load(file_of(name, guide, "seconds", 0, args).with_suffix(".npy"))
+            )
+        for ax, (title, cloud) in zip(row, clouds.items(), strict=True):
+            if len(cloud):
+                ax.plot(cloud[:, i], cloud[:, j], ".", markersize=1.5)
+            for k, scale, limit in (
+                (i, ax.set_xscale, ax.set_xlim),
+                (j, ax.set_yscale, ax.set_ylim),
+            ):
+                low, high = reference[:, k].quantile(torch.tensor([0.001, 0.999]).double()).tolist()
+                if positive[k] and high > 10 * low:
+                    scale("log")
+                    limit(low / 1.5, high * 1.5)
+                else:
+                    limit(low - 0.1 * (high - low), high + 0.1 * (high - low))
+            ax.set_xlabel(labels[i])
+            if row is axes.flat[0] or name == names[0]:
+                ax.set_title(title)
+        row[0].set_ylabel(f"{posterior.name}\n{labels[j]}")
+    fig.savefig(args.out / "posteriordb.png", dpi=80)
+    plt.close(fig)
+
+
+def mean_of(fits: list[Fit], key: str, at: int | None = None) -> float:
+    """Returns the mean over seeds, infinite if a fit has failed."""
+    if any("failed" in f for f in fits):
+        return math.inf
+    return float(np.mean([f[key] if at is None else f[key][at] for f in fits]))
+
+
+def cells(fits: list[Fit]) -> list[str]:
+    """Returns what the tables say of the fits of one guide to one posterior."""
+    if failed := [f for f in fits if "failed" in f]:
+        return [f"{len(failed)} of {len(fits)} failed"] + 5 * ["-"]
+    elbos = [f["elbo"] for f in fits]
+    spread = np.std(elbos, ddof=1) / len(elbos) ** 0.5 if len(elbos) > 1 else fits[0]["error"]
+    return [
+        f"{np.mean(elbos):.2f} ± {spread:.2f}",
+        f"{mean_of(fits, 'means', 0):.2f} ({mean_of(fits, 'means', 1):.2f})",
+        f"{mean_of(fits, 'log stds', 0):.2f} ({mean_of(fits, 'log stds', 1):.2f})",
+        f"{mean_of(fits, 'k'):.2f}",
+        f"{mean_of(fits, 'effective per second'):,.0f}",
+    ]
+
+
+def report(results: dict[tuple[str, str, str], list[Fit]], args: argparse.Namespace) -> None:
+    """Prints a table for each budget, and one that counts where the aims are reached."""
+    names = [*dict.fromkeys(name for name, _, _ in results)]
+
+    def per_step(name: str, guide: str, mode: str) -> float:
+        fits = [f for f in results[name, guide, mode] if "failed" not in f]
+        return min((f["seconds"] / f["steps"] for f in fits), default=math.inf)
+
+    for mode in ("steps", "seconds"):
+        rows, summary = [], []
+        for name in names:
+            for guide in GUIDES:
+                ratio = per_step(name, guide, mode) / per_step(name, "AutoIAFNormal", mode)
+                row = cells(results[name, guide, mode])
+                rows.append([MODELS[name][0], guide, *row, f"{ratio:.2f}"])
+        print(f"\nEqual {mode}: {getattr(args, mode):g}")
+        print_table(
+            (
+                *("posterior", "guide", "ELBO", "means off", "log stds off", "k"),
+                *("effective samples per second", "time per step"),
+            ),
+            rows,
+        )
+        for guide in GUIDES:
+            fits = {name: results[name, guide, mode] for name in names}
+            best = sum(
+                mean_of(fits[n], "elbo")
+                >= max(
+                    -math.inf
+                    if any("failed" in f for f in results[n, g, mode])
+                    else mean_of(results[n, g, mode], "elbo")
+                    for g in GUIDES
+                )
+                for n in names
+                if not any("failed" in f for f in fits[n])
+            )
+            close = sum(
+                mean_of(f, "means", 0) < 0.1 and mean_of(f, "log stds", 0) < 0.1
+                for f in fits.values()
+            )
+            k = sum(mean_of(f, "k") < 0.7 for f in fits.values())
+            summary.append([guide, *(f"{n} of {len(names)}" for n in (best, close, k))])
+        print_table(("guide", "best ELBO", "means and log stds within 0.1", "k < 0.7"), summary)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fits the guides, and prints tables."""
+    parser = arguments(__doc__)
+    parser.add_argument("--data-root", type=Path, required=True, help="folder with the data")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=list(MODELS),
+        choices=list(MODELS),
+        metavar="NAME",
+        help="posteriors (default: all nine)",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of SVI (default: %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="of the processor, for each fit (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lr", type=float, default=2e-2, help="the learning rate at first (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=10_000, help="of each guide (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--nuts", type=int, default=400, help="draws by NUTS (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="fits at a time; times are comparable with one (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+
+    (args.out / "fits").mkdir(parents=True, exist_ok=True)
+    keys = [(n, g, m) for n in args.only for g in GUIDES for m in ("steps", "seconds")]
+    every = [(*key, seed) for seed in range(args.seeds) for key in keys]
+    left = [k for k in every if not file_of(*k, args).with_suffix(".json").exists()]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(run_fit, *k, args) for k in left]
+        for job in tqdm(jobs, desc="fits"):
+            job.result()
+    results: dict[tuple[str, str, str], list[Fit]] = {key: [] for key in keys}
+    for *key, seed in every:
+        path = file_of(*key, seed, args).with_suffix(".json")
+        results[tuple(key)].append(json.loads(path.read_text()))
+    report(results, args)
+    picture(results, args)
+    report_nuts(args)
+    print("\nWritten to", args.out)
+
+
+def report_nuts(args: argparse.Namespace) -> None:
+    """Runs NUTS on the hardest posteriors, and prints its table."""
+    rows = []
+    for name in (n for n in HARDEST if n in args.only and args.nuts):
+        path = args.out / "fits" / f"nuts_{name}_{args.nuts}.json"
+        if not path.exists():
+            run_nuts(name, args)
+        for method, r in json.loads(path.read_text()).items():
+            per = 1000 * r["effective"] / r["gradients"]
+            counts = [f"{r['gradients']:,}", f"{r['effective']:.0f}", f"{per:.1f}"]
+            rows.append([MODELS[name][0], method, *counts, f"{r['means']:.2f}"])
+    if rows:
+        print_table(
+            (
+                *("posterior", "method", "gradients", "effective samples, worst parameter"),
+                *("per 1,000 gradients", "means off"),
+            ),
+            rows,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Autoguides for Pyro: flows as variational posteriors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_feasible
+from torch import Tensor, nn
+from torch.distributions import Transform, biject_to
+
+from . import _validate as check
+from .lazy import ConditionalLDU
+from .networks import MaskedNetwork
+from .transforms import Composition
+
+_FASTER = 10  # how many times faster than other weights location and log-scale learn
+_DRAWS = 10_000  # for medians and quantiles
+
+
+class AutoLDU(AutoContinuous):
+    r"""Creates a guide of LDU blocks over all continuous latent variables.
+
+    .. math:: z = \mu + A (f_n \circ \dots \circ f_1)(x) \quad x \sim \mathcal{N}(0, I)
+
+    z are the latent variables, unconstrained and joined, A is a lower triangular matrix, and
+    :math:`f_i` are LDU blocks that start as the identity: at first, the guide is that of
+    :class:`~pyro.infer.autoguide.AutoDiagonalNormal`. It follows posteriors that are skewed,
+    curved or funnels, and evaluates its own samples in one pass, like
+    :class:`~pyro.infer.autoguide.AutoIAFNormal`. Where a posterior is close to normal, as those of
+    regressions with many observations are,
+    :class:`~pyro.infer.autoguide.AutoMultivariateNormal` is enough.
+
+    It works wherever Pyro's guides do, ``NeuTraReparam`` included. Medians and quantiles are those
+    of samples.
+
+    See Also:
+        :class:`pyro_sinflow.LDU`
+
+    Args:
+        model: A model whose latent variables are continuous.
+        init_loc_fn: The initial values of the latent variables, and so the initial location: one of
+            Pyro's initialization functions.
+        init_scale: The initial scale of each unconstrained latent variable.
+        blocks: The number of LDU blocks.
+        sinusoids, ..., activation: The options of :class:`pyro_sinflow.LDU`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> def model():
+        ...     scale = pyro.sample("scale", pyro.distributions.LogNormal(0.0, 1.0))
+        ...     pyro.sample("x", pyro.distributions.Normal(0.0, scale))
+        >>> guide = AutoLDU(model)
+        >>> loss = pyro.infer.Trace_ELBO(num_particles=8, vectorize_particles=True)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.ClippedAdam({"lr": 1e-2}), loss)
+        >>> losses = [svi.step() for _ in range(3)]
+        >>> sorted(guide())
+        ['scale', 'x']
+    """
+
+    init_loc: Tensor
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        init_loc_fn: Callable[..., Any] = init_to_feasible,
+        init_scale: float = 0.1,
+        *,
+        blocks: int = 1,
+        sinusoids: int = 4,
+        components: int = 4,
+        max_scale: float = 10.0,
+        min_slope: float = 1e-3,
+        shortcut: float = 1.0,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        check.function("model", model)
+        check.function("init_loc_fn", init_loc_fn)
+        self._init_scale = check.real("init_scale", init_scale, 0.0, math.inf)
+        self._blocks = check.size("blocks", blocks)
+        self._options: dict[str, Any] = {
+            "sinusoids": sinusoids,
+            "components": components,
+            "max_scale": max_scale,
+            "min_slope": min_slope,
+            "shortcut": shortcut,
+            "hidden_features": hidden_features,
+            "activation": activation,
+        }
+        ConditionalLDU(2, **self._options)  # raises errors before the model is run
+        super().__init__(model, init_loc_fn=init_loc_fn)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        loc = self._init_loc()
+        blocks = [ConditionalLDU(len(loc), **self._options) for _ in range(self._blocks)]
+        for block in blocks:
+            _start_as_identity(block)
+        self.blocks = nn.ModuleList(blocks).to(loc)
+        self.register_buffer("init_loc", loc)
+        # Rows: the location, the log-scales, and the entries below the diagonal.
+        self.affine = nn.Parameter(loc.new_zeros(len(loc) + 2, len(loc)))
+
+    def get_base_dist(self) -> dist.TorchDistribution:
+        """Returns the standard normal distribution."""
+        zero, one = self.init_loc.new_zeros(()), self.init_loc.new_ones(())
+        return dist.Normal(zero, one).expand([self.latent_dim]).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """Returns the transformation from noise to latent variables, with a cache."""
+        moves, below = self.affine.tensor_split((2,))
+        loc, log_scale = (_FASTER * moves).unbind()
+        scale = self._init_scale * log_scale.exp()
+        tril = scale.diag() + scale * below.tril(-1)
+        affine = dist.transforms.LowerCholeskyAffine(self.init_loc + loc, tril)
+        parts = [part for block in self.blocks for part in block.parts()]  # type: ignore[operator]
+        return Composition(*parts, affine, cache_size=1)
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Returns the median of each latent variable, that of samples."""
+        quantiles = self.quantiles([0.5], *args, **kwargs)
+        return {name: value[0] for name, value in quantiles.items()}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Returns quantiles of each latent variable, those of samples.
+
+        Args:
+            quantiles: The quantiles, between 0 and 1.
+            args: The arguments of the model.
+            kwargs: The keyword arguments of the model.
+
+        Raises:
+            ValueError: If a quantile is not between 0 and 1.
+            RuntimeError: If the guide has not been called yet.
+        """
+        if self.prototype_trace is None:
+            raise RuntimeError("AutoLDU knows its latent variables after the first call: call it.")
+        latents = self.get_posterior(*args, **kwargs).sample((_DRAWS,))
+        levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device)
+        for level in levels.tolist():
+            if not 0 <= level <= 1:
+                raise ValueError(f"'quantiles' should be between 0 and 1, got {level:g}.")
+        parts: dict[str, list[Tensor]] = {}
+        for latent in latents.quantile(levels, dim=0):
+            for site, value in self._unpack_latent(latent):
+                parts.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
+        return {name: torch.stack(values) for name, values in parts.items()}
+
+
+def _start_as_identity(block: ConditionalLDU) -> None:
+    """Sets the last layers of a block's networks to zero."""
+    for network in (block.upper.network, block.lower.network):
+        if isinstance(network, MaskedNetwork) and network.mlp is not None:
+            nn.init.zeros_(network.mlp[-1].weight)
+            nn.init.zeros_(network.mlp[-1].bias)
