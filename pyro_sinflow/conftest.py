@@ -9,6 +9,12 @@ import zuko
 
 import pyro_sinflow
 
+collect_ignore = []
+try:
+    from pyro_sinflow.kernels import triton as _  # noqa: F401
+except ImportError:  # not installed, or too old
+    collect_ignore.append("kernels/triton.py")
+
 
 @pytest.fixture(autouse=True)
 def _namespace(doctest_namespace: dict[str, Any]) -> None:

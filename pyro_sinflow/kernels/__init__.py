@@ -1,16 +1,19 @@
 """Chains of sinusoids, evaluated and inverted by the fastest means that the tensors allow.
 
 Plain tensors take a fused implementation, with one node in the graph and its gradient in closed
-form: few numbers on a CPU by numpy, whose calls take less time, all else by torch. Whatever looks
+form: on a GPU kernels of Triton, if it is installed; few numbers on a CPU by numpy, whose calls
+take less time; all else by torch. Whatever looks
 at more than values and reverse differentiation (``torch.compile``, ``torch.func``, forward mode,
 batched gradients, ``torch.jit.trace``, tensor subclasses) takes plain operations of torch.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from math import prod
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,14 +56,14 @@ def evaluate(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, T
         return empty, empty
     if not can_fuse(x, parameters):
         return eager.plain(x, parameters, min_slope)
-    if x.numel() * prod(parameters.shape[-2:]) > _BLOCK:
+    if x.numel() * prod(parameters.shape[-2:]) > _BLOCK and not _triton(x, parameters):
         blocks = [evaluate(*block, min_slope) for block in _blocks(x, parameters)]
         if len(blocks) > 1:
             y, ladj = (torch.cat(parts).view(x.shape) for parts in zip(*blocks, strict=True))
             return y, ladj
     if torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad):
         return _Evaluate.apply(x, parameters, min_slope)
-    return _forward(x, parameters, min_slope)[:2]
+    return _forward(x, parameters, min_slope, False)[:2]
 
 
 @honours_torch_function
@@ -111,6 +114,29 @@ def _blocks(x: Tensor, parameters: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(part, parameters) for part in rows.split(length)]
 
 
+@cache
+def _load_triton(device: torch.device) -> ModuleType | None:
+    """Returns the kernels of Triton if they run on a device, which a first launch tells."""
+    try:
+        from . import triton
+    except ImportError:
+        return None
+    try:
+        x = torch.zeros(1, device=device)
+        triton.forward(x, x.new_zeros(1, 4), min_slope=0.5, save=False)
+    except Exception as error:  # such as no C compiler, or a GPU that is too old
+        warnings.warn(f"Sinusoids do without Triton, which failed: {error}", stacklevel=2)
+        return None
+    return triton
+
+
+def _triton(x: Tensor, parameters: Tensor) -> ModuleType | None:
+    """Returns the kernels of Triton if they take these tensors."""
+    if not x.is_cuda or parameters.device != x.device or parameters.dtype != x.dtype:
+        return None
+    return _load_triton(x.device) if x.dtype in (torch.float32, torch.float64) else None
+
+
 def _run(function: Callable[..., R], *tensors: Tensor) -> R:
     """Calls a function of arrays without a graph, by the library that is faster.
 
@@ -133,9 +159,11 @@ def _tensor(array: Array) -> Tensor:
 
 
 def _forward(
-    x: Tensor, parameters: Tensor, min_slope: float
+    x: Tensor, parameters: Tensor, min_slope: float, save: bool = True
 ) -> tuple[Tensor, Tensor, Sequence[Array]]:
-    """Returns value and log-slope without a graph, and what :func:`_backward` needs."""
+    """Returns value and log-slope without a graph, and, to be saved, what the gradient needs."""
+    if gpu := _triton(x, parameters):
+        return gpu.forward(x, parameters, min_slope=min_slope, save=save)
     y, ladj, saved = _run(partial(eager.forward, min_slope=min_slope), x, parameters)
     return _tensor(y), _tensor(ladj), saved
 
@@ -145,13 +173,18 @@ def _backward(saved: Sequence[Array], min_slope: float, *tensors: Tensor) -> tup
 
     The tensors are numbers, parameters, and both cotangents.
     """
+    if gpu := _triton(*tensors[:2]):
+        return gpu.backward(*tensors, saved=saved, min_slope=min_slope)
     gx, grad = _run(partial(eager.backward, saved=saved, min_slope=min_slope), *tensors)
     return _tensor(gx), _tensor(grad)
 
 
 def _root(y: Tensor, parameters: Tensor, min_slope: float, solver: Solver) -> Tensor:
     """Returns the root without a graph, and reports it."""
-    x, roots = _run(partial(eager.invert, min_slope=min_slope, solver=solver), y, parameters)
+    if gpu := _triton(y, parameters):
+        x, roots = gpu.invert(y, parameters, min_slope=min_slope, solver=solver)
+    else:
+        x, roots = _run(partial(eager.invert, min_slope=min_slope, solver=solver), y, parameters)
     report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
     return _tensor(x)
 
