@@ -7,8 +7,17 @@ import zuko
 from conftest import FAKE_GPU, perturb
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_sinflow import LDU, ConditionalLDU, Sinusoidal, SinusoidalFlow, Solver, fast_inverse
+from pyro_sinflow import (
+    LDU,
+    ConditionalLDU,
+    Sinusoidal,
+    SinusoidalFlow,
+    Solver,
+    fast_inverse,
+    kernels,
+)
 
 BLOCKS = {
     "Sinusoidal": lambda: Sinusoidal(3),
@@ -224,6 +233,48 @@ def test_autocast(name):
     for name, p in flow.named_parameters():
         assert p.grad.dtype == torch.float32
         assert p.grad.isfinite().all(), name
+
+
+class NoReads(TorchDispatchMode):
+    """Lets no operation run for which the host would wait for a device."""
+
+    WAITING = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero")
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        masks = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert name not in self.WAITING, name
+        assert not masks
+        return operation(*args, **kwargs or {})
+
+
+def densities(flow, c, x):
+    d = flow(c)
+    d.transform.call_and_ladj(x)
+    d.log_prob(x).mean().backward()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_densities_read_no_values_without_validation(name, monkeypatch):
+    monkeypatch.setattr(kernels, "_FEW", -1)  # numpy's arrays are on no device
+    flow, c, x = FLOWS[name](), torch.randn(4, 2), torch.randn(4, 3)
+    if name == "ConditionalLDU":
+        flow = zuko.lazy.Flow([flow.transform.transforms[0]], flow.base)  # the other is an inverse
+    with pyro.validation_enabled(False):
+        densities(flow, c, x)  # the first call finds out about the modules
+        with NoReads():
+            densities(flow, c, x)
+    with NoReads(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        densities(flow, c, x)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_read_no_values_without_validation(name, monkeypatch):
+    monkeypatch.setattr(kernels, "_FEW", -1)
+    t, x = BLOCKS[name](), torch.randn(4, 3)
+    with pyro.validation_enabled(False), NoReads():
+        y = t(x)
+        t.log_abs_det_jacobian(x, y).sum().backward()
 
 
 @pytest.mark.gpu
