@@ -74,15 +74,14 @@ def _indices(rows, period, own: tl.constexpr, block: tl.constexpr):
 
 @triton.jit
 def _constrain(
-    parameters,  # of one sinusoid, a column of pointers
-    ok,
-    count: tl.constexpr,
-    width: tl.constexpr,
-    limit: tl.constexpr,
-    smallest: tl.constexpr,
+    parameters, ok,
+    count: tl.constexpr, width: tl.constexpr, limit: tl.constexpr, smallest: tl.constexpr,
     has_shift: tl.constexpr,
-):
-    """Returns the sigmoid of the frequencies, and the fields of ``sinusoid.Chain``."""
+):  # fmt: skip
+    """Returns the sigmoid of the frequencies, and the fields of ``sinusoid.Chain``.
+
+    The parameters are pointers to the first one of a sinusoid, in a column.
+    """
     k = tl.arange(0, width)[None, :]
     inside = ok & (k < count)
     raw = tl.load(parameters + k, inside, other=0.0)
@@ -111,30 +110,18 @@ def _waves(x, a):
 
 
 @triton.jit
-def _value_and_slope(x, p, q, a, c, s, shift):
-    value = x + tl.sum((c * p + s * q) / a, axis=1, keep_dims=True) + shift
+def _value_and_slope(x, p, q, over_a, c, s, shift):
+    value = x + tl.sum(c * over_a * p + s * over_a * q, axis=1, keep_dims=True) + shift
     return value, 1 + tl.sum(c * (1 - 2 * q) + 2 * s * p, axis=1, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["rows", "period"])
 def _forward(
-    x_in,
-    parameters,
-    y_out,
-    ladj_out,
-    inputs_out,
-    rows,
-    period,
-    m: tl.constexpr,
-    count: tl.constexpr,
-    width: tl.constexpr,
-    limit: tl.constexpr,
-    smallest: tl.constexpr,
-    has_shift: tl.constexpr,
-    own: tl.constexpr,
-    save: tl.constexpr,
+    x_in, parameters, y_out, ladj_out, inputs_out, rows, period,
+    m: tl.constexpr, count: tl.constexpr, width: tl.constexpr, limit: tl.constexpr,
+    smallest: tl.constexpr, has_shift: tl.constexpr, own: tl.constexpr, save: tl.constexpr,
     block: tl.constexpr,
-):
+):  # fmt: skip
     """Value and log-slope, and the inputs of all sinusoids but the first."""
     size: tl.constexpr = 3 * count + 1 + has_shift
     i, ok, row, row_ok = _indices(rows, period, own, block)
@@ -148,7 +135,7 @@ def _forward(
             row_ok, count, width, limit, smallest, has_shift,
         )  # fmt: skip
         p, q = _waves(x, a)
-        x, slope = _value_and_slope(x, p, q, a, amplitude * u, amplitude * v, shift)
+        x, slope = _value_and_slope(x, p, q, 1 / a, amplitude * u, amplitude * v, shift)
         ladj += tl.log(slope)
     tl.store(y_out + i, x, ok)
     tl.store(ladj_out + i, ladj, ok)
@@ -164,7 +151,7 @@ def _total(t, own: tl.constexpr):
 
 
 @triton.jit
-def _by_frequency(x, g, h, p, q, a, u, v, small: tl.constexpr):
+def _by_frequency(x, g, h, p, q, a, over_a, u, v, small: tl.constexpr):
     """Returns the cotangents of the frequencies, over the amplitudes.
 
     The derivative of P / a by a is (x cos(2ax) - P / a) / a, a difference of nearly equal numbers
@@ -172,32 +159,18 @@ def _by_frequency(x, g, h, p, q, a, u, v, small: tl.constexpr):
     """
     cosine = 1 - 2 * q
     t = a * x
-    by_p = tl.where(t * t < small, t * t * x * (-4 / 3), x * cosine - p / a)
-    by_q = 2 * x * p - q / a
-    return g * ((u * by_p + v * by_q) / a) + 2 * h * x * (v * cosine - 2 * u * p)
+    by_p = tl.where(t * t < small, t * t * x * (-4 / 3), x * cosine - p * over_a)
+    by_q = 2 * x * p - q * over_a
+    return g * over_a * (u * by_p + v * by_q) + 2 * h * x * (v * cosine - 2 * u * p)
 
 
 @triton.jit(do_not_specialize=["rows", "period"])
 def _backward(
-    x_in,
-    parameters,
-    inputs_in,
-    gy_in,
-    gl_in,
-    gx_out,
-    gp_out,
-    rows,
-    period,
-    m: tl.constexpr,
-    count: tl.constexpr,
-    width: tl.constexpr,
-    limit: tl.constexpr,
-    smallest: tl.constexpr,
-    small: tl.constexpr,
-    has_shift: tl.constexpr,
-    own: tl.constexpr,
+    x_in, parameters, inputs_in, gy_in, gl_in, gx_out, gp_out, rows, period,
+    m: tl.constexpr, count: tl.constexpr, width: tl.constexpr, limit: tl.constexpr,
+    smallest: tl.constexpr, small: tl.constexpr, has_shift: tl.constexpr, own: tl.constexpr,
     block: tl.constexpr,
-):
+):  # fmt: skip
     """The cotangents of numbers and of parameters, the latter summed over a program's numbers."""
     size: tl.constexpr = 3 * count + 1 + has_shift
     i, ok, row, row_ok = _indices(rows, period, own, block)
@@ -221,8 +194,10 @@ def _backward(
         cosine = 1 - 2 * q
         slope = 1 + tl.sum(amplitude * (u * cosine + 2 * v * p), axis=1, keep_dims=True)
         h = gl / slope  # the cotangent of the slope
-        by_c, by_s = _total(g * p / a + h * cosine, own), _total(g * q / a + 2 * h * p, own)
-        by_a = _total(_by_frequency(x, g, h, p, q, a, u, v, small), own)
+        over_a = 1 / a
+        by_c = _total(g * over_a * p + h * cosine, own)
+        by_s = _total(g * over_a * q + 2 * h * p, own)
+        by_a = _total(_by_frequency(x, g, h, p, q, a, over_a, u, v, small), own)
         by_weight = w * (u * by_c + v * by_s)
         by_residual = tl.sum(by_weight, axis=1, keep_dims=True)
         by_weight = limit * residual * (by_weight - w * by_residual)
@@ -264,20 +239,11 @@ def _step(x, error, slope, curvature, lower, upper, previous):
 
 @triton.jit
 def _solve(
-    y,
-    ok,
-    a,
-    amplitude,
-    u,
-    v,
-    shift,
-    eps: tl.constexpr,
-    aim: tl.constexpr,
-    max_iter: tl.constexpr,
-    banach: tl.constexpr,
-):
+    y, ok, a, amplitude, u, v, shift,
+    eps: tl.constexpr, aim: tl.constexpr, max_iter: tl.constexpr, banach: tl.constexpr,
+):  # fmt: skip
     """Returns the root of one sinusoid, its relative error and the iterations that it took."""
-    c, s, x = amplitude * u, amplitude * v, y - shift
+    c, s, over_a, x = amplitude * u, amplitude * v, 1 / a, y - shift
     lower, upper = _bracket(x, a, amplitude, eps)
     previous = tl.full(x.shape, float("inf"), x.dtype)
     error = tl.zeros_like(x)
@@ -285,7 +251,7 @@ def _solve(
     left = 1
     while left > 0:
         p, q = _waves(x, a)
-        value, slope = _value_and_slope(x, p, q, a, c, s, shift)
+        value, slope = _value_and_slope(x, p, q, over_a, c, s, shift)
         error = value - y
         done = tl.abs(error) <= aim * (1 + tl.abs(x) + tl.abs(y))
         done = done | (error != error) | ~ok  # what is not finite has no root
@@ -310,25 +276,11 @@ def _solve(
 
 @triton.jit(do_not_specialize=["rows", "period"])
 def _invert(
-    y_in,
-    parameters,
-    x_out,
-    report_out,
-    rows,
-    period,
-    m: tl.constexpr,
-    count: tl.constexpr,
-    width: tl.constexpr,
-    limit: tl.constexpr,
-    smallest: tl.constexpr,
-    has_shift: tl.constexpr,
-    own: tl.constexpr,
-    eps: tl.constexpr,
-    aim: tl.constexpr,
-    max_iter: tl.constexpr,
-    banach: tl.constexpr,
-    block: tl.constexpr,
-):
+    y_in, parameters, x_out, report_out, rows, period,
+    m: tl.constexpr, count: tl.constexpr, width: tl.constexpr, limit: tl.constexpr,
+    smallest: tl.constexpr, has_shift: tl.constexpr, own: tl.constexpr, eps: tl.constexpr,
+    aim: tl.constexpr, max_iter: tl.constexpr, banach: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     """The root; and of each program, the largest relative error and the most iterations."""
     size: tl.constexpr = 3 * count + 1 + has_shift
     i, ok, row, row_ok = _indices(rows, period, own, block)
@@ -375,7 +327,7 @@ def _plan(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[int, dict[st
         "has_shift": int(rest == 2),
         "own": own,
         "block": block,
-        "num_warps": max(1, min(4, block * width // 128)),
+        "num_warps": max(1, min(8, block * width // 128)),
     }
     return period * triton.cdiv(rows, block), constants
 
