@@ -36,7 +36,7 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)
 # The batch shapes of numbers and parameters, M and K.
 CASES = {
     "scalar": ((), (), 1, 1),
-    "shared": ((37, 2), (2,), 3, 3),
+    "shared": ((37, 2), (2,), 2, 3),
     "shared by all": ((5, 3, 2), (), 2, 5),
     "many rows": ((300, 1), (1,), 1, 4),
     "per-element": ((7, 3), (7, 3), 3, 3),
@@ -48,7 +48,8 @@ CASES = {
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_interpreted():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    options = ["-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-m", "not gpu"]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -108,25 +109,23 @@ def test_values_and_gradients(device, name, dtype, shifts):
 
 
 @pytest.mark.parametrize("dtype", EPS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "shared by all"])
 def test_inverses(device, name, dtype):
     *shapes, m, k = CASES[name]
     x, parameters = (t.to(device, dtype) for t in draw(*shapes, m, k))
     y = evaluate(x, parameters, MIN_SLOPE)[0]
-    root = invert(y, parameters, MIN_SLOPE, Solver())
+    g = [torch.randn(y.shape)]
+    given = results(lambda *t: [invert(*t, MIN_SLOPE, Solver())], y, parameters, g)
+    root = given[0]
     assert torch.allclose(root, x.expand(root.shape), rtol=0, atol=1e5 * EPS[dtype])
     # At the root, the derivatives are those of a step of Newton's method.
     y, root, p = (t.double().cpu() for t in (y, root, parameters))
-    g = [torch.randn(y.shape)]
 
     def newton(y, p):
-        value, ladj = eager.plain(*kernels._broadcast(root.detach(), p), MIN_SLOPE)
+        value, ladj = eager.plain(*kernels._broadcast(root, p), MIN_SLOPE)
         return [root - (value - y) * (-ladj.detach()).exp()]
 
     expected = results(newton, y, p, g)
-    given = results(
-        lambda *t: [invert(*t, MIN_SLOPE, Solver())], y.to(device, dtype), parameters, g
-    )
     for a, b in zip(given, expected, strict=True):
         assert (a.double().cpu() - b).abs().max() <= 1e5 * EPS[dtype] * (1 + b.abs().max())
 
