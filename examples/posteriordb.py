@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of the processor, for each fit (default: %(default)s)",
     )
     parser.add_argument(
-        "--lr", type=float, default=2e-2, help="the learning rate at first (default: %(default)s)"
+        "--lr", type=float, default=1e-2, help="the learning rate at first (default: %(default)s)"
     )
     parser.add_argument(
         "--draws", type=int, default=10_000, help="of each guide (default: %(default)s)"

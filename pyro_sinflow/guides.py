@@ -76,7 +76,7 @@ class AutoLDU(AutoContinuous):
         blocks: int = 1,
         sinusoids: int = 4,
         components: int = 4,
-        max_scale: float = 10.0,
+        max_scale: float = 100.0,
         min_slope: float = 1e-3,
         shortcut: float = 1.0,
         hidden_features: Sequence[int] = (64, 64),

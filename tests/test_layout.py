@@ -107,7 +107,11 @@ AUTO_CONTINUOUS = {"_init_loc", "_setup_prototype", "_unpack_latent"}  # what it
 @cache
 def own():
     """The names that the package defines."""
-    return NAMED_TUPLE | AUTO_CONTINUOUS | {n for name in FILES for node in nodes(name) for n in defined(node)}
+    return (
+        NAMED_TUPLE
+        | AUTO_CONTINUOUS
+        | {n for name in FILES for node in nodes(name) for n in defined(node)}
+    )
 
 
 def private(name):
