@@ -29,14 +29,12 @@ import pyro
 import torch
 from posteriors import MODELS, Posterior, read
 from pyro import poutine
-from pyro.distributions.transforms import iterated, spline_autoregressive
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoContinuous,
     AutoDiagonalNormal,
     AutoIAFNormal,
     AutoMultivariateNormal,
-    AutoNormalizingFlow,
 )
 from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
 from pyro.infer.reparam import NeuTraReparam
@@ -53,10 +51,6 @@ Fit = dict[str, Any]
 GUIDES: dict[str, Callable[[Model], AutoContinuous]] = {
     "AutoLDU": AutoLDU,
     "AutoIAFNormal": partial(AutoIAFNormal, hidden_dim=[64, 64], num_transforms=2),
-    "spline autoregressive": partial(
-        AutoNormalizingFlow,
-        init_transform_fn=partial(iterated, 2, spline_autoregressive, hidden_dims=[64, 64]),
-    ),
     "AutoMultivariateNormal": AutoMultivariateNormal,
     "AutoDiagonalNormal": AutoDiagonalNormal,
 }
@@ -149,8 +143,9 @@ def run_fit(name: str, guide: str, mode: str, seed: int, args: argparse.Namespac
 
 def file_of(name: str, guide: str, mode: str, seed: int, args: argparse.Namespace) -> Path:
     """Returns where the results of a fit are, without the suffix."""
-    budget = f"{mode}{getattr(args, mode):g}"
-    return args.out / "fits" / f"{name}_{guide.replace(' ', '-')}_{budget}_lr{args.lr:g}_{seed}"
+    budget = f"{mode}{getattr(args, mode):g}".replace(".", "-")
+    rate = f"lr{args.lr:g}".replace(".", "-")  # with a point, part of it would be the suffix
+    return args.out / "fits" / f"{name}_{guide.replace(' ', '-')}_{budget}_{rate}_{seed}"
 
 
 def walk(model: Model, draws: int) -> tuple[dict[str, Tensor], int]:
