@@ -123,6 +123,70 @@ def fit(
     return flow.eval()
 
 
+def likelihood_step(
+    flow: Flow, loss: Callable[[], Tensor], rate: Tensor, clip: float = 10.0
+) -> Callable[[], Tensor]:
+    """Returns a step of maximum likelihood, by AdamW, that a CUDA graph can capture.
+
+    Args:
+        flow: The flow.
+        loss: Returns the loss of the present batch, which it finds in the same tensor each time.
+        rate: The learning rate, with shape (), for the caller to overwrite.
+        clip: The norm to which longer gradients are cut.
+
+    Returns:
+        A function that takes a step, and returns the loss before it.
+    """
+    # A graph repeats what it did to the same addresses: the optimiser has to count its steps on
+    # the GPU, and a learning rate that was a number would stay what it was.
+    parameters = [*flow.parameters()]
+    capturable = parameters[0].is_cuda
+    optimiser = torch.optim.AdamW(parameters, rate, weight_decay=0.0, capturable=capturable)
+
+    def step() -> Tensor:
+        optimiser.zero_grad(set_to_none=True)  # so that the graph writes gradients, and adds none
+        value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, clip)  # which reads no values, but for its errors
+        optimiser.step()
+        return value.detach()  # nodes of autograd that outlive a step remember its stream
+
+    return step
+
+
+def captured(step: Callable[[], Tensor], warm_up: int = 3) -> Callable[[], Tensor]:
+    """Captures a step in a CUDA graph, which launches all of its kernels at once.
+
+    Nothing in the step may read values, so that validation has to be off, and no tensor that it
+    uses may move.
+
+    Args:
+        step: The step, which returns a tensor.
+        warm_up: The number of steps that are taken before, at least one.
+
+    Returns:
+        A function that replays the step, and returns the same tensor each time, with a new value.
+    """
+    # A capture takes another stream than the default one, of which no node may be left over: the
+    # warm-up takes that stream, too. It compiles Triton's kernels, makes workspaces of cuBLAS and
+    # the state of the optimiser, none of which may happen in a capture.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = step()  # which records the kernels, and runs none
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def evaluate(flow: Flow, rows: Tensor) -> tuple[float, float]:
     """Returns the mean log-likelihood of rows, in nats, and its standard error."""
     flow.eval()

@@ -1,0 +1,32 @@
+"""The benchmark for GPUs runs on a CPU, at small sizes."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_examples import EXAMPLES, rows
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+@pytest.mark.parametrize("data", ["patches of BSDS300", "synthetic rows"])
+@pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
+def test_gpu(tmp_path, data, capsys, monkeypatch):
+    options = ["--quick", "--steps", "2"]
+    if data != "synthetic rows":
+        pixels = np.random.default_rng(0).integers(0, 256, (50, 64), dtype=np.uint8)
+        np.savez(tmp_path / "bsds300.npz", train=pixels)
+        options += ["--data-root", str(tmp_path)]
+    monkeypatch.syspath_prepend(EXAMPLES)  # which also undoes what the script does to the path
+    runpy.run_path(str(BENCHMARKS / "gpu.py"))["main"](options)
+
+    output = capsys.readouterr().out
+    assert f"trained for 2 steps on {data}." in output
+    table = rows(output)
+    assert table.pop("what") == ["measured", "aim"]
+    assert len(table) == 2 * 4 + 3 * 2 + 2 * 2
+    for start, count in (("gradient of LDU", 8), ("6 samples of", 5), ("16 samples of", 5)):
+        assert sum(what.startswith(start) for what in table) == count
+    for measured, _ in table.values():
+        assert measured == "needs a GPU" or float(measured) > 0
