@@ -6,15 +6,18 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
+from weakref import ReferenceType, ref
 
 import torch
 from pyro.distributions import is_validation_enabled
 from torch import Size, Tensor
 
-from ._torch import autocasting, can_branch_on
+from ._torch import autocasting, can_branch_on, versions
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
+
+_finite: tuple[ReferenceType[Tensor], int | None] | None = None  # the latest context that was so
 
 
 def tensor(name: str, x: Any) -> None:
@@ -36,6 +39,22 @@ def tensor(name: str, x: Any) -> None:
                 f"'{name}' should be finite, got {nan} NaN and {inf} infinite values "
                 f"in a tensor of shape {tuple(x.shape)}."
             )
+
+
+def context(c: Any) -> None:
+    """Requires what :func:`tensor` does, and reads the values of a context but once.
+
+    All parts of a flow check the context that they share, and for each reading of values the host
+    waits for a GPU. Like autograd, it does not notice changes of values through ``.data``.
+    """
+    global _finite
+    if not isinstance(c, Tensor) or not is_validation_enabled() or not can_branch_on(c):
+        tensor("context", c)
+        return
+    (version,) = versions(c)
+    if _finite is None or _finite[0]() is not c or _finite[1] != version or version is None:
+        tensor("context", c)
+        _finite = ref(c), version
 
 
 def dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
     elif c is None:
         raise ValueError(f"The context should be a tensor of shape (*, {context}), got None.")
     else:
-        check.tensor("context", c)
+        check.context(c)
         check.event("context", c, Size([context]))
         check.dtype("context", c, dtype)
 
