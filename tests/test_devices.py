@@ -265,6 +265,26 @@ def densities(flow, c, x):
     d.log_prob(x).mean().backward()
 
 
+class OnOneDevice(TorchDispatchMode):
+    """Lets no operation make a tensor on the CPU, which a CUDA graph could not copy."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        for t in result if isinstance(result, tuple | list) else [result]:
+            assert not isinstance(t, torch.Tensor) or t.device.type != "cpu", operation
+        return result
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_densities_make_no_tensors_on_the_cpu(name, gpu):
+    flow = FLOWS[name](BRIEF)
+    with FakeTensorMode():
+        with torch.device(gpu):
+            flow, c, x = move(flow), torch.randn(4, 2), torch.randn(4, 3)
+        with OnOneDevice():
+            densities(flow, c, x)
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_densities_read_no_values_without_validation(name, monkeypatch):
     monkeypatch.setattr(kernels, "_FEW", -1)  # numpy's arrays are on no device

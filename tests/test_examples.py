@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from torch.distributions import Independent, SigmoidTransform, TransformedDistribution, Uniform
@@ -188,6 +189,70 @@ def test_a_checkpoint_of_something_else_is_an_error(start, tmp_path):
         start(checkpoint, steps=9)
     with pytest.raises(RuntimeError, match="size mismatch"):
         start(checkpoint, features=3)
+
+
+GPU = pytest.param(
+    True,
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    ],
+)
+
+
+@pytest.mark.parametrize("captured", [False, GPU])
+@pytest.mark.parametrize("conditioner", ["independent", "autoregressive"])
+def test_a_step_is_that_of_the_optimiser(training, conditioner, captured):
+    device = "cuda" if captured else "cpu"
+
+    def flow_and_loss(batch):
+        torch.manual_seed(0)
+        flow = SinusoidalFlow(3, transforms=2, conditioner=conditioner, hidden_features=(8,))
+        flow.to(device)
+        return flow, lambda: -flow().log_prob(batch).mean()
+
+    batch, rate = torch.empty(16, 3, device=device), torch.tensor(0.1, device=device)
+    batches = [torch.randn(16, 3).to(device) for _ in range(5)]
+    batch.copy_(batches[0])
+    rates = [0.1, 0.1, 0.1, 0.05, 1e-3]
+    with pyro.validation_enabled(False):
+        flow, loss = flow_and_loss(batch)
+        step = training.likelihood_step(flow, loss, rate, clip=0.1)
+        if captured:  # the warm-up takes the first step
+            step = training.captured(step, warm_up=1)
+        else:
+            step()
+        found = []
+        for rows, lr in list(zip(batches, rates, strict=True))[1:]:
+            batch.copy_(rows)
+            rate.fill_(lr)
+            found.append(float(step()))
+
+        flow, loss = flow_and_loss(batch)
+        optimiser = torch.optim.AdamW(flow.parameters(), weight_decay=0.0)
+        for i, (rows, lr) in enumerate(zip(batches, rates, strict=True)):
+            batch.copy_(rows)
+            optimiser.zero_grad()
+            value = loss()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.1)
+            optimiser.param_groups[0]["lr"] = lr
+            optimiser.step()
+            assert i == 0 or found[i - 1] == pytest.approx(float(value.detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [(), pytest.param(("--compile",), marks=pytest.mark.slow)])
+def test_gpu(tmp_path, options):
+    budget = ("--steps", "2", "--blocks", "1", "--rows", "16")
+    output = run("gpu.py", "--out", tmp_path, *budget, *options)
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    kind = "captured" if torch.cuda.is_available() else "eager"
+    assert result["steps"] == ("compiled" if options else kind)
+    score = f"{result['log-likelihood']:.2f} ± {result['error']:.2f}"
+    assert rows(output)[result["steps"]] == [score, f"{result['faster than eager']:.2f}"]
+    assert ("nothing was captured" in output) == (result["steps"] == "eager")
+    weights = torch.load(tmp_path / "gpu.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_images(tmp_path):
