@@ -1,7 +1,7 @@
 """Trains a flow with the whole training step captured in a CUDA graph.
 
-Few rows leave a GPU waiting for Python, which launches some hundred kernels for each block. A graph
-launches all kernels of a step at once: log-density, gradient, clipping and optimiser. With
+Few rows leave a GPU waiting for Python, which launches kernels one by one. A graph launches all
+kernels of a step at once: log-density, gradient, clipping and optimiser. With
 '--compile', torch.compile fuses log-density and gradient besides, and captures these two by itself;
 that takes minutes before the first step. At the end, captured and eager steps are timed by turns.
 Without a GPU the steps are eager ones.

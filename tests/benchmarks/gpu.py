@@ -1,8 +1,8 @@
 """How fast on a GPU: `python tests/benchmarks/gpu.py --data-root FOLDER` prints one table.
 
 All numbers are ratios of medians, and both sides of each ratio were measured by turns in this run.
-It takes less than four minutes on a GPU. On a CPU all sizes are small, which shows that it runs and
-nothing else.
+It is meant to take less than four minutes on a GPU. On a CPU all sizes are small, which shows that
+it runs and nothing else.
 """
 
 from __future__ import annotations
