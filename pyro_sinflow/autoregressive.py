@@ -233,4 +233,11 @@ def name_of(function: Any) -> str:
 
 def splitter(shapes: Sequence[Sequence[int]]) -> Callable[[Tensor], Sequence[Tensor]]:
     """Returns a function that splits the last dimension into tensors of the given shapes."""
-    return partial(unpack, shapes=shapes) if any(shapes) else partial(torch.unbind, dim=-1)
+    if any(shapes):
+        return partial(unpack, shapes=shapes)
+    return partial(torch.unbind, dim=-1) if len(shapes) > 1 else _only
+
+
+def _only(h: Tensor) -> Sequence[Tensor]:
+    """Does what torch.unbind does to a dimension of one, and has a gradient that copies nothing."""
+    return (h.squeeze(-1),)

@@ -280,7 +280,8 @@ class MaskedNetwork(nn.Module):
             if self.outputs == 1:
                 h = h + shift
             else:
-                first, others = h.tensor_split((1,), dim=-1)
+                # The gradient of a split is one operation, those of slices are several.
+                first, others = h.split((1, self.outputs - 1), dim=-1)
                 h = torch.cat((first + shift, others), dim=-1)
         if n > 1:
             h = h.unflatten(-2, self.features)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import perturb
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sinflow import LDU, MaskedNetwork, SinusoidalFlow
 from pyro_sinflow.networks import Shortcut
@@ -65,3 +66,26 @@ def test_densities_have_shortcuts_and_guides_have_none():
     assert shortcuts(LDU(3)) == 0
     assert shortcuts(LDU(3, shortcut=1.0)) == 2
     assert shortcuts(SinusoidalFlow(3, transforms=2, shortcut=0.0)) == 0
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.overloadpacket.__name__)
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("scale", "joins"), [(False, 0), (True, 2)])
+def test_gradients_of_outputs_are_few_operations(scale, joins):
+    # Each costs a launch on a GPU: of a gradient to each output, or to each slice of them.
+    block, x = LDU(3, scale=scale, shortcut=1.0), torch.randn(4, 3)
+    y = block.upper(x)
+    with Operations() as mode:
+        y.sum().backward()
+    assert "slice_backward" not in mode.names
+    assert mode.names.count("stack") + mode.names.count("cat") == joins
