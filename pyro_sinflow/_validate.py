@@ -51,8 +51,9 @@ def context(c: Any) -> None:
     if not isinstance(c, Tensor) or not is_validation_enabled() or not can_branch_on(c):
         tensor("context", c)
         return
+    known = _finite  # which another thread may replace
     (version,) = versions(c)
-    if _finite is None or _finite[0]() is not c or _finite[1] != version or version is None:
+    if known is None or known[0]() is not c or known[1] != version or version is None:
         tensor("context", c)
         _finite = ref(c), version
 
