@@ -226,7 +226,7 @@ def picture(results: dict[tuple[str, str, str], list[Fit]], args: argparse.Names
         ]
         positive = reference.min(0).values > 0
         i, j = margin(reference)
-        clouds = {"reference": reference[:: len(reference) // 2000]}
+        clouds = {"reference": reference[:: max(len(reference) // 2000, 1)]}
         for guide in SHOWN:
             clouds[guide] = torch.as_tensor(
                 np.load(file_of(name, guide, "seconds", 0, args).with_suffix(".npy"))
