@@ -9,14 +9,18 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pyro
 import pyro.distributions as dist
 import torch
 import zuko
 from pyro.distributions.transforms import affine_autoregressive, iterated
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal
+from pyro.optim import ClippedAdam
 from torch.profiler import ProfilerActivity, profile
 
 import pyro_sinflow
-from pyro_sinflow import ConditionalLDU, SinusoidalFlow, fast_inverse, ldu
+from pyro_sinflow import AutoLDU, ConditionalLDU, SinusoidalFlow, fast_inverse, ldu
 
 PACKAGE = Path(pyro_sinflow.__file__).parent
 ZUKO = Path(zuko.__file__).parent
@@ -181,6 +185,22 @@ def time_guides(features=10, rows=8):
     yield "guide's block over two layers of AutoIAFNormal", step / (2 * layer), 1.5
 
 
+def time_steps(features=10):
+    """Yields the ratio of a step of SVI."""
+
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0)).unsqueeze(-1)
+        pyro.sample("x", dist.Normal(torch.zeros(features - 1), scale).to_event(1))
+
+    pyro.clear_param_store()
+    steps = []
+    for guide in (AutoLDU(model), AutoIAFNormal(model, hidden_dim=[64, 64], num_transforms=2)):
+        loss = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=0)
+        steps.append(SVI(model, guide, ClippedAdam({"lr": 1e-3}), loss).step)
+    ours, iaf = seconds(steps)
+    yield "step of SVI: AutoLDU over AutoIAFNormal of two layers", ours / iaf, 1.5
+
+
 def time_single_samples():
     """Yields the ratios of one sample by fast_inverse to one by zuko's own inverse."""
     for make in (zuko.flows.MAF, zuko.flows.NSF):
@@ -198,7 +218,8 @@ def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print("| what | measured | aim |\n|---|---|---|")
-    for what, value, aim in (*count_calls(), *time_guides(), *time_single_samples()):
+    rows = (*count_calls(), *time_guides(), *time_steps(), *time_single_samples())
+    for what, value, aim in rows:
         print(
             f"| {what} | {value:,.4g} | {aim} |"
             if value < 1000
