@@ -143,9 +143,9 @@ def run_fit(name: str, guide: str, mode: str, seed: int, args: argparse.Namespac
 
 def file_of(name: str, guide: str, mode: str, seed: int, args: argparse.Namespace) -> Path:
     """Returns where the results of a fit are, without the suffix."""
-    budget = f"{mode}{getattr(args, mode):g}".replace(".", "-")
-    rate = f"lr{args.lr:g}".replace(".", "-")  # with a point, part of it would be the suffix
-    return args.out / "fits" / f"{name}_{guide.replace(' ', '-')}_{budget}_{rate}_{seed}"
+    options = f"{mode}{getattr(args, mode):g}_lr{args.lr:g}_draws{args.draws}"
+    # Without points, after which a suffix would begin.
+    return args.out / "fits" / f"{name}_{guide}_{options}_{seed}".replace(".", "-")
 
 
 def walk(model: Model, draws: int) -> tuple[dict[str, Tensor], int]:
@@ -195,7 +195,13 @@ def run_nuts(name: str, args: argparse.Namespace) -> None:
             "gradients": gradients,
             "means": float(((rows.mean(0) - mean) / std).abs().max()),
         }
-    (args.out / "fits" / f"nuts_{name}_{args.nuts}.json").write_text(json.dumps(results))
+    nuts_file(name, args).write_text(json.dumps(results))
+
+
+def nuts_file(name: str, args: argparse.Namespace) -> Path:
+    """Returns where the results of NUTS are."""
+    options = f"nuts{args.nuts}_seconds{args.seconds:g}_lr{args.lr:g}"
+    return args.out / "fits" / f"{name}_{options}.json"
 
 
 def margin(rows: Tensor) -> tuple[int, int]:
@@ -245,7 +251,7 @@ def picture(results: dict[tuple[str, str, str], list[Fit]], args: argparse.Names
                 else:
                     limit(low - 0.1 * (high - low), high + 0.1 * (high - low))
             ax.set_xlabel(labels[i])
-            if row is axes.flat[0] or name == names[0]:
+            if name == names[0]:
                 ax.set_title(title)
         row[0].set_ylabel(f"{posterior.name}\n{labels[j]}")
     fig.savefig(args.out / "posteriordb.png", dpi=80)
@@ -378,10 +384,9 @@ def report_nuts(args: argparse.Namespace) -> None:
     """Runs NUTS on the hardest posteriors, and prints its table."""
     rows = []
     for name in (n for n in HARDEST if n in args.only and args.nuts):
-        path = args.out / "fits" / f"nuts_{name}_{args.nuts}.json"
-        if not path.exists():
+        if not nuts_file(name, args).exists():
             run_nuts(name, args)
-        for method, r in json.loads(path.read_text()).items():
+        for method, r in json.loads(nuts_file(name, args).read_text()).items():
             per = 1000 * r["effective"] / r["gradients"]
             counts = [f"{r['gradients']:,}", f"{r['effective']:.0f}", f"{per:.1f}"]
             rows.append([MODELS[name][0], method, *counts, f"{r['means']:.2f}"])

@@ -95,7 +95,8 @@ def lotka_volterra(y: Tensor, y_init: Tensor, ts: Tensor, **_: Any) -> None:
     location, scale = torch.tensor([1.0, 0.05, 1.0, 0.05]), torch.tensor([0.5, 0.05, 0.5, 0.05])
     theta = pyro.sample("theta", dist.LogNormal(location.log(), 1.0).to_event(1).mask(False))
     prior = dist.Normal(location, scale)  # truncated at zero
-    pyro.factor("prior", (prior.log_prob(theta) - prior.cdf(2 * location).log()).sum(-1))
+    above_zero = 1 - prior.cdf(torch.zeros(()))
+    pyro.factor("prior", (prior.log_prob(theta) - above_zero.log()).sum(-1))
     sigma = pyro.sample("sigma", dist.LogNormal(torch.full((2,), -1.0), 1.0).to_event(1))
     start = torch.full((2,), 10.0).log()
     z_init = pyro.sample("z_init", dist.LogNormal(start, 1.0).to_event(1))
@@ -218,10 +219,7 @@ def read(root: Path, name: str) -> Posterior:
     sites: dict[str, list[np.ndarray]] = {}
     for column, values in columns.items():
         sites.setdefault(column.split("[")[0], []).append(values)
-    draws = {
-        k: np.squeeze(np.stack(v, axis=-1), -1) if len(v) == 1 else np.stack(v, axis=-1)
-        for k, v in sites.items()
-    }
+    draws = {k: np.stack(v, axis=-1) if len(v) > 1 else v[0] for k, v in sites.items()}
     numbers = {k: _tensor(v) if isinstance(v, list) else v for k, v in numbers.items()}
     return Posterior(title, lambda: model(**numbers), {k: _tensor(v) for k, v in draws.items()})
 

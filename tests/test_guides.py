@@ -1,6 +1,7 @@
 """AutoLDU, wherever Pyro's autoguides work."""
 
 import copy
+import math
 import pickle
 from functools import partial
 
@@ -25,6 +26,7 @@ from pyro.infer.autoguide import (
     AutoGuideList,
     AutoNormal,
     init_to_median,
+    init_to_sample,
     init_to_value,
 )
 from pyro.infer.reparam import NeuTraReparam
@@ -116,7 +118,7 @@ def test_every_loss_moves_every_parameter(loss):
     svi = SVI(grouped, guide, ClippedAdam({"lr": 1e-2}), loss)
     before = copy.deepcopy(guide.state_dict())
     for _ in range(2):
-        assert svi.step(y) == pytest.approx(svi.evaluate_loss(y), rel=10)
+        assert math.isfinite(svi.step(y))
     stuck = [n for n, p in guide.named_parameters() if torch.equal(p, before[n])]
     assert stuck == []
 
@@ -175,13 +177,14 @@ def test_in_a_list_of_guides():
 
 def test_medians_and_quantiles_are_those_of_samples():
     guide = Small(correlated, init_loc_fn=init_to_median(num_samples=1000))
-    with pytest.raises(RuntimeError, match=r"AutoLDU.*call"):
-        guide.median()
+    for method in (guide.median, guide.get_posterior, guide.get_transform, guide.get_base_dist):
+        with pytest.raises(RuntimeError, match=r"AutoLDU.*call"):
+            method()
     guide()
     normal = AutoDiagonalNormal(correlated)
     normal()
     with torch.no_grad():
-        normal.loc.copy_(guide.init_loc)
+        normal.loc.copy_(10 * guide.affine[0])
     for name, value in guide.median().items():
         assert torch.allclose(value, normal.median()[name], atol=0.02, rtol=0.02)
     levels = [0.05, 0.5, 0.95]
@@ -253,6 +256,52 @@ def test_copies_pickles_and_state_dicts():
     other()
     other.load_state_dict(guide.state_dict())
     assert torch.equal(other.get_transform()(x), expected)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_parameter_store_restores_a_guide(listed, tmp_path):
+    """Without clearing or after loading, a new guide takes and trains the stored values."""
+
+    def make():
+        guide = Small(correlated, init_loc_fn=init_to_sample)
+        if listed:
+            guides = AutoGuideList(correlated)
+            guides.append(guide)
+            return guides, guide
+        return guide, guide
+
+    outer, guide = make()
+    fit(correlated, outer, steps=5)
+    x = torch.randn(5, 3)
+    expected = guide.get_transform()(x).detach()
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    outer, guide = make()
+    outer()
+    assert torch.equal(guide.get_transform()(x), expected)
+    before = copy.deepcopy(guide.state_dict())
+    fit(correlated, outer, steps=2)
+    assert [n for n, p in guide.named_parameters() if torch.equal(p, before[n])] == []
+
+
+def test_half_precision_is_lifted():
+    def model():
+        loc = torch.zeros(2, dtype=torch.bfloat16)
+        pyro.sample("x", dist.Normal(loc, torch.ones_like(loc)).to_event(1))
+
+    assert Small(model)()["x"].dtype == torch.float32
+
+
+def test_many_samples_of_many_variables():
+    """A product with the matrix for each sample would take tens of seconds."""
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.arange(300.0), 1.0).to_event(1))
+
+    guide = Small(model)
+    guide()
+    assert torch.allclose(guide.median()["x"], torch.arange(300.0), atol=0.2)
 
 
 def test_one_latent_number():

@@ -101,7 +101,8 @@ def defined(node):
 
 
 NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}
-AUTO_CONTINUOUS = {"_init_loc", "_setup_prototype", "_unpack_latent"}  # what its subclasses use
+# What subclasses of Pyro's AutoContinuous use.
+AUTO_CONTINUOUS = {"_init_loc", "_pyro_get_fullname", "_setup_prototype", "_unpack_latent"}
 
 
 @cache
