@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.transforms import iterated
 from pyro.infer import MCMC, NUTS, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoContinuous,
     AutoIAFNormal,
     AutoMultivariateNormal,
+    AutoNormalizingFlow,
 )
 from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 from training import arguments, infer, print_table
 
-from pyro_sinflow import AutoLDU
+from pyro_sinflow import ldu
 
 SCALE, WIDTH = 3.0, 9
 
@@ -43,7 +46,9 @@ def funnel() -> None:
 
 
 GUIDES: dict[str, Callable[[], AutoContinuous]] = {
-    "NeuTra, AutoLDU": lambda: AutoLDU(funnel),
+    "NeuTra, LDU blocks, scale": lambda: AutoNormalizingFlow(
+        funnel, partial(iterated, 3, ldu, hidden_features=(32, 32))
+    ),
     "NeuTra, AutoIAFNormal": lambda: AutoIAFNormal(funnel, hidden_dim=[32, 32], num_transforms=3),
     "NeuTra, AutoMultivariateNormal": lambda: AutoMultivariateNormal(funnel),
 }
