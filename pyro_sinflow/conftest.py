@@ -1,5 +1,6 @@
 """Names that the docstrings' examples use."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -17,7 +18,9 @@ except ImportError:  # not installed, or too old
 
 
 @pytest.fixture(autouse=True)
-def _namespace(doctest_namespace: dict[str, Any]) -> None:
+def _namespace(doctest_namespace: dict[str, Any]) -> Iterator[None]:
     torch.manual_seed(0)
     doctest_namespace.update(torch=torch, pyro=pyro, zuko=zuko)
     doctest_namespace.update((n, getattr(pyro_sinflow, n)) for n in pyro_sinflow.__all__)
+    yield
+    pyro.clear_param_store()

@@ -12,7 +12,7 @@ import torch
 from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributions import Transform, biject_to
 
 from . import _validate as check
@@ -116,12 +116,26 @@ class AutoLDU(AutoContinuous):
             _start_as_identity(block)
         self.blocks = nn.ModuleList(blocks).to(loc)
         # Values that Pyro's store has already, perhaps from a file, replace these.
+        self._check_store()
         pyro.module(self._pyro_get_fullname("blocks"), self.blocks, update_module_params=True)
         # Rows: the location, the log-scales, and the entries below the diagonal.
         affine = loc.new_zeros(len(loc) + 2, len(loc))
         affine[0] = loc / _FASTER
         affine[1] = math.log(self._init_scale) / _FASTER
         self.affine = nn.Parameter(affine)
+
+    def _check_store(self) -> None:
+        """Requires that the parameters in Pyro's store, if there are any, fit this guide."""
+        store, blocks = pyro.get_param_store(), self._pyro_get_fullname("blocks")
+        shapes = {f"{blocks}$$${n}": p.shape for n, p in self.blocks.named_parameters()}
+        shapes[self._pyro_get_fullname("affine")] = Size((self.latent_dim + 2, self.latent_dim))
+        for name, shape in shapes.items():
+            if name in store and store[name].shape != shape:
+                raise ValueError(
+                    f"Pyro's parameter store has '{name}' of shape {tuple(store[name].shape)}, "
+                    f"this guide has {tuple(shape)}. If it is that of another guide, call "
+                    "'pyro.clear_param_store()' first."
+                )
 
     def _parameter(self) -> Tensor:
         """Returns the parameter of the affine map.

@@ -285,6 +285,21 @@ def test_the_parameter_store_restores_a_guide(listed, tmp_path):
     assert [n for n, p in guide.named_parameters() if torch.equal(p, before[n])] == []
 
 
+def test_stored_parameters_of_another_guide_are_refused():
+    def model(size):
+        pyro.sample("x", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+    Small(model)(2)
+    cases = [(Small, 3), (partial(AutoLDU, hidden_features=(8,)), 2)]
+    for make, size in cases:
+        with pytest.raises(ValueError, match=r"parameter store has 'AutoLDU.* of shape"):
+            make(model)(size)
+    pyro.clear_param_store()
+    for make, size in cases:
+        make(model)(size)
+        pyro.clear_param_store()
+
+
 def test_half_precision_is_lifted():
     def model():
         loc = torch.zeros(2, dtype=torch.bfloat16)
