@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import iterated
-from pyro.infer import MCMC, NUTS, Trace_ELBO
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import (
     AutoContinuous,
     AutoIAFNormal,
@@ -31,7 +30,7 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
-from training import arguments, infer, print_table
+from training import arguments, infer, print_table, walk
 
 from pyro_sinflow import ldu
 
@@ -59,28 +58,6 @@ def fit_guide(name: str, guide: AutoContinuous, args: argparse.Namespace) -> Aut
     loss = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=0)
     infer(name, funnel, guide, loss, 1e-2, args.steps)
     return guide.requires_grad_(False)
-
-
-def walk(model: Callable[[], None], args: argparse.Namespace) -> tuple[dict[str, Tensor], int]:
-    """Draws by NUTS, and returns the draws and the number of gradients that they took."""
-    count = 0
-
-    def counted() -> None:
-        nonlocal count
-        count += 1
-        model()
-
-    begin = 0
-
-    def note(kernel: NUTS, samples: Any, stage: str, i: int) -> None:
-        nonlocal begin
-        if stage == "Warmup":
-            begin = count
-
-    kernel = NUTS(counted, max_tree_depth=8)
-    mcmc = MCMC(kernel, num_samples=args.draws, warmup_steps=args.draws // 2, hook_fn=note)
-    mcmc.run()
-    return mcmc.get_samples(), count - begin
 
 
 def picture(draws: dict[str, dict[str, Tensor]], path: Path) -> None:
@@ -115,12 +92,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         pyro.set_rng_seed(args.seed)
         if name == "NUTS":
             start = time.perf_counter()
-            samples, gradients = walk(funnel, args)
+            samples, gradients = walk(funnel, args.draws)
         else:
             guide = fit_guide(name, GUIDES[name](), args)
             neutra = NeuTraReparam(guide)
             start = time.perf_counter()
-            noise, gradients = walk(pyro.poutine.reparam(funnel, {"v": neutra, "x": neutra}), args)
+            noise, gradients = walk(
+                pyro.poutine.reparam(funnel, {"v": neutra, "x": neutra}), args.draws
+            )
             samples = neutra.transform_sample(noise["v_shared_latent"])
         seconds = time.perf_counter() - start
         draws[name] = {site: value.detach() for site, value in samples.items()}

@@ -29,7 +29,7 @@ import pyro
 import torch
 from posteriors import MODELS, Posterior, read
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoContinuous,
     AutoDiagonalNormal,
@@ -42,7 +42,7 @@ from pyro.ops.stats import effective_sample_size
 from pyro.optim import ClippedAdam
 from torch import Tensor
 from tqdm import tqdm
-from training import arguments, print_table
+from training import arguments, print_table, walk
 
 from pyro_sinflow import AutoLDU
 
@@ -148,26 +148,6 @@ def file_of(name: str, guide: str, mode: str, seed: int, args: argparse.Namespac
     return args.out / "fits" / f"{name}_{guide}_{options}_{seed}".replace(".", "-")
 
 
-def walk(model: Model, draws: int) -> tuple[dict[str, Tensor], int]:
-    """Draws by NUTS, and returns the draws and the number of gradients after the warm-up."""
-    count = begin = 0
-
-    def counted() -> None:
-        nonlocal count
-        count += 1
-        model()
-
-    def note(kernel: NUTS, samples: Any, stage: str, i: int) -> None:
-        nonlocal begin
-        if stage == "Warmup":
-            begin = count
-
-    kernel = NUTS(counted, max_tree_depth=8)
-    mcmc = MCMC(kernel, num_samples=draws, warmup_steps=draws // 2, hook_fn=note)
-    mcmc.run()
-    return mcmc.get_samples(), count - begin
-
-
 def run_nuts(name: str, args: argparse.Namespace) -> None:
     """Draws from a posterior by NUTS, plain and in the noise of a fitted guide."""
     posterior = read(args.data_root, name)
@@ -185,7 +165,7 @@ def run_nuts(name: str, args: argparse.Namespace) -> None:
             guide()
             fit(posterior.model, guide, args.lr, seconds=args.seconds)
             neutra = NeuTraReparam(guide.requires_grad_(False))
-            model = pyro.poutine.reparam(posterior.model, config=lambda _, n=neutra: n)
+            model = poutine.reparam(posterior.model, config=lambda _, n=neutra: n)
             noise, gradients = walk(model, args.nuts)
             (latent,) = noise.values()
             draws = {k: v.detach() for k, v in neutra.transform_sample(latent).items()}
@@ -268,7 +248,7 @@ def mean_of(fits: list[Fit], key: str, at: int | None = None) -> float:
 def cells(fits: list[Fit]) -> list[str]:
     """Returns what the tables say of the fits of one guide to one posterior."""
     if failed := [f for f in fits if "failed" in f]:
-        return [f"{len(failed)} of {len(fits)} failed"] + 5 * ["-"]
+        return [f"{len(failed)} of {len(fits)} failed"] + 4 * ["-"]
     elbos = [f["elbo"] for f in fits]
     spread = np.std(elbos, ddof=1) / len(elbos) ** 0.5 if len(elbos) > 1 else fits[0]["error"]
     return [

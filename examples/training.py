@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from data import Data
-from pyro.infer import ELBO, SVI
+from pyro.infer import ELBO, MCMC, NUTS, SVI
 from pyro.optim import ClippedAdam
 from torch import Tensor, nn
 from tqdm import tqdm, trange
@@ -242,6 +242,26 @@ def infer(
         for _ in bar:
             value = svi.step(*batch())
             bar.set_postfix(elbo=f"{-value:.2f}", refresh=False)
+
+
+def walk(model: Callable[[], None], draws: int) -> tuple[dict[str, Tensor], int]:
+    """Draws by NUTS, and returns the draws and the number of gradients after the warm-up."""
+    count = begin = 0
+
+    def counted() -> None:
+        nonlocal count
+        count += 1
+        model()
+
+    def note(kernel: NUTS, samples: Any, stage: str, i: int) -> None:
+        nonlocal begin
+        if stage == "Warmup":
+            begin = count
+
+    kernel = NUTS(counted, max_tree_depth=8)
+    mcmc = MCMC(kernel, num_samples=draws, warmup_steps=draws // 2, hook_fn=note)
+    mcmc.run()
+    return mcmc.get_samples(), count - begin
 
 
 def seconds(function: Callable[[], Any], rounds: int = 5) -> float:

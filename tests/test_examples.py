@@ -436,3 +436,13 @@ def test_lotka_volterra_is_solved(monkeypatch):
     assert float((conserved - conserved[:, :1]).abs().max()) < 1e-3
     finer = posteriors.solve_lotka_volterra(theta, start, times, steps=8)
     assert float((states - finer).abs().max()) < 1e-3
+
+
+def test_a_fit_that_failed_has_a_row_of_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    posteriordb = importlib.import_module("posteriordb")
+    pairs = {key: [0.1, 0.1] for key in ("means", "log stds")}
+    fit = {"elbo": -1.0, "error": 0.1, "k": 0.3, "effective per second": 9.0, **pairs}
+    cells = posteriordb.cells([fit, {"failed": "NaN"}])
+    assert cells[0] == "1 of 2 failed"
+    assert len(cells) == len(posteriordb.cells([fit, fit]))
