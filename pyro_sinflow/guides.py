@@ -149,7 +149,7 @@ class AutoLDU(AutoContinuous):
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """Returns the standard normal distribution."""
-        zeros = torch.zeros_like(self._parameter()[0], requires_grad=False)
+        zeros = self._parameter().new_zeros(self.latent_dim)
         return dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
@@ -182,11 +182,12 @@ class AutoLDU(AutoContinuous):
             ValueError: If a quantile is not between 0 and 1.
             RuntimeError: If the guide has not been called yet.
         """
-        latents = self.get_posterior(*args, **kwargs).sample((_DRAWS,))
-        levels = torch.as_tensor(quantiles, dtype=latents.dtype, device=latents.device)
+        affine = self._parameter()
+        levels = torch.as_tensor(quantiles, dtype=affine.dtype, device=affine.device)
         for level in levels.tolist():
             if not 0 <= level <= 1:
                 raise ValueError(f"'quantiles' should be between 0 and 1, got {level:g}.")
+        latents = self.get_posterior(*args, **kwargs).sample((_DRAWS,))
         parts: dict[str, list[Tensor]] = {}
         for latent in latents.quantile(levels, dim=0):
             for site, value in self._unpack_latent(latent):

@@ -2,9 +2,9 @@
 
 Plain tensors take a fused implementation, with one node in the graph and its gradient in closed
 form: on a GPU kernels of Triton, if it is installed; few numbers on a CPU by numpy, whose calls
-take less time; all else by torch. Whatever looks
-at more than values and reverse differentiation (``torch.compile``, ``torch.func``, forward mode,
-batched gradients, ``torch.jit.trace``, tensor subclasses) takes plain operations of torch.
+take less time; all else by torch. Whatever looks at more than values and reverse differentiation
+(``torch.compile``, ``torch.func``, forward mode, batched gradients, ``torch.jit.trace``, tensor
+subclasses) takes plain operations of torch.
 """
 
 from __future__ import annotations
