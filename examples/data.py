@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import math
-import pickle
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -179,79 +175,3 @@ def digits(seed: int = 0) -> list[np.ndarray]:
         seed: The seed of the split.
     """
     return split(np.random.default_rng(seed).permutation(load_digits().images[:, None]))
-
-
-def find(root: Path | None, *names: str) -> Path:
-    """Returns the first file, of several names in a folder, that exists."""
-    paths = [Path(root or ".") / name for name in names]
-    for path in paths:
-        if path.exists():
-            return path
-    raise FileNotFoundError(
-        f"There should be {' or '.join(map(repr, names))} in '{root or '.'}': get the original "
-        "files of the data set, and name their folder in '--data-root'."
-    )
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Reads an array of bytes in MNIST's format, compressed or not."""
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        raw = gzip.decompress(raw)
-    ndim = raw[3] if len(raw) > 3 and raw[:3] == b"\0\0\x08" else 0
-    header = 4 + 4 * ndim
-    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4)]
-    if ndim == 0 or len(raw) != header + math.prod(shape):
-        raise ValueError(f"'{path}' should be an idx file of unsigned bytes: it is damaged.")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
-
-
-def mnist(root: Path | None) -> list[np.ndarray]:
-    """Reads the digits of MNIST, of 28 by 28 pixels, split 50,000 : 10,000 : 10,000.
-
-    Args:
-        root: The folder of the original files.
-    """
-    train, test = (
-        read_idx(find(root, name, f"{name}.gz"))[:, None]
-        for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
-    )
-    return [train[:-10_000], train[-10_000:], test]
-
-
-# What a pickled array is made with; the last is its name in later versions of NumPy.
-ARRAY = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickled arrays, and refuses whatever else would be called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Returns what a pickle is about to call, if an array is made with it."""
-        if (module, name) not in ARRAY:
-            raise pickle.UnpicklingError(f"A batch of images should not call '{module}.{name}'.")
-        return super().find_class(module, name)
-
-
-def read_batch(path: Path) -> np.ndarray:
-    """Reads a batch of CIFAR-10, with shape (N, 3, 32, 32)."""
-    with path.open("rb") as file:
-        batch = ArrayUnpickler(file, encoding="bytes").load()
-    return batch[b"data"].reshape(-1, 3, 32, 32)
-
-
-def cifar10(root: Path | None) -> list[np.ndarray]:
-    """Reads the photographs of CIFAR-10, of 32 by 32 pixels, split 45,000 : 5,000 : 10,000.
-
-    Args:
-        root: The folder of the batches for Python.
-    """
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    *batches, test = (read_batch(find(root, n, f"cifar-10-batches-py/{n}")) for n in names)
-    train = np.concatenate(batches)
-    return [train[: len(train) * 9 // 10], train[len(train) * 9 // 10 :], test]

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from data import Data, cifar10, digits, mnist
+from data import Data, digits
+from files import cifar10, mnist
 from torch import Tensor, nn
 from torch.distributions import (
     AffineTransform,

@@ -302,14 +302,14 @@ def write_mnist(folder, suffix):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_mnist(example, tmp_path, suffix):
     arrays = write_mnist(tmp_path, suffix)
-    train, validation, test = example("data").mnist(tmp_path)
+    train, validation, test = example("files").mnist(tmp_path)
     assert np.array_equal(np.concatenate((train, validation))[:, 0], arrays["train"])
     assert np.array_equal(test[:, 0], arrays["t10k"])
     assert len(validation) == 10_000
 
     (tmp_path / f"t10k-images-idx3-ubyte{suffix}").unlink()
     with pytest.raises(FileNotFoundError, match=r"'t10k-images-idx3-ubyte' or .*'--data-root'"):
-        example("data").mnist(tmp_path)
+        example("files").mnist(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_damaged_idx_file(example, tmp_path, raw):
     path = tmp_path / "idx"
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=r"idx' should be an idx file"):
-        example("data").read_idx(path)
+        example("files").read_idx(path)
 
 
 class Python2Pickler(pickle._Pickler):
@@ -341,7 +341,7 @@ def test_cifar10(example, tmp_path):
     for name, array in zip(names, arrays, strict=True):
         with (folder / name).open("wb") as file:
             Python2Pickler(file, protocol=2).dump({"data": array, "labels": [1] * 4})
-    train, validation, test = example("data").cifar10(tmp_path)
+    train, validation, test = example("files").cifar10(tmp_path)
     assert np.array_equal(
         np.concatenate((train, validation)).reshape(20, -1), np.vstack(arrays[:5])
     )
@@ -357,7 +357,7 @@ def test_a_batch_cannot_run_anything(example, tmp_path):
     path = tmp_path / "test_batch"
     path.write_bytes(pickle.dumps({b"data": Attack()}))
     with pytest.raises(pickle.UnpicklingError, match=r"should not call '(posix|nt)\.mkdir'"):
-        example("data").read_batch(path)
+        example("files").read_batch(path)
     assert not (tmp_path / "attacked").exists()
 
 
