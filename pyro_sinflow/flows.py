@@ -27,6 +27,7 @@ from . import _validate as check
 from .autoregressive import NetworkMap
 from .element_wise import Affine, SinusoidalChain
 from .lazy import ConditionalLDU, Lazy, LazyAffine, LazyTriangular, initial_sinusoids
+from .masks import check_adjacency
 from .networks import MaskedNetwork, weight_dtype
 from .solvers import Solver
 from .transforms import Composition, TriangularTransform
@@ -66,6 +67,11 @@ class SinusoidalFlow(Flow):
         conditioner: ``"independent"`` for LDU blocks, whose sinusoids do not depend on the
             features; ``"autoregressive"`` for the paper's Eq. 11 in full, where all parameters of
             an affine map and of a chain of sinusoids come from a masked network.
+        adjacency: Which features and context features each feature depends on, instead of an order:
+            the matrix that :class:`pyro_sinflow.MaskedNetwork` takes, an option of the
+            autoregressive conditioner. All transformations share it, as in zuko's MAF: with one of
+            them, feature i depends on its parents; with several, on the ancestors too that as many
+            steps reach.
         scale: Whether LDU blocks scale features besides shifting them. The block of the paper is
             ``scale=False``. The affine map of the autoregressive conditioner always does.
         max_scale: The largest factor, greater than 1, by which each of the affine maps whose scale
@@ -90,7 +96,9 @@ class SinusoidalFlow(Flow):
 
     Raises:
         TypeError: If an argument has the wrong type, or an option does not suit the conditioner.
-        ValueError: If a size is not positive, a number out of range, or ``activation`` mixes units.
+        ValueError: If a size is not positive, a number out of range, ``activation`` mixes units,
+            ``adjacency`` is not what :class:`pyro_sinflow.MaskedNetwork` takes, or is given with
+            ``randperm``.
 
     Example:
         >>> flow = SinusoidalFlow(3, context=4, transforms=2)
@@ -121,6 +129,7 @@ class SinusoidalFlow(Flow):
         residual: bool = False,
         dropout: float = 0.0,
         solver: Solver = Solver(),
+        adjacency: Sequence[Sequence[int]] | Tensor | None = None,
     ) -> None:
         shape = check.sizes("features", features)
         check.size("context", context, minimum=0)
@@ -130,6 +139,9 @@ class SinusoidalFlow(Flow):
         check.flag("scale", scale)
         check.flag("context_diagonal", context_diagonal)
         independent = conditioner == "independent"
+        seen = None
+        if adjacency is not None:
+            seen = _context_seen(adjacency, shape, context, independent, randperm)
         if not independent and (not scale or context_diagonal):
             name = "context_diagonal" if scale else "scale"
             raise TypeError(f"'{name}' is an option of the independent conditioner alone.")
@@ -158,8 +170,9 @@ class SinusoidalFlow(Flow):
             order = torch.randperm(shape.numel()) if randperm else ascending
             if i % 2 and not randperm and not independent:
                 order = order.flip(0)
-            lazy.append(make(shape, context, order=order, **options))
-        lazy.append(LazyAffine(shape, context, hidden_features, activation))
+            structure = {"order": order} if adjacency is None else {"adjacency": adjacency}
+            lazy.append(make(shape, context, **structure, **options))
+        lazy.append(LazyAffine(shape, context, hidden_features, activation, seen))
 
         base = UnconditionalDistribution(
             DiagNormal,
@@ -169,6 +182,25 @@ class SinusoidalFlow(Flow):
             buffer=True,
         )
         super().__init__(_LazyComposition(*lazy), base)
+
+
+def _context_seen(
+    adjacency: Any, features: Size, context: int, independent: bool, randperm: bool
+) -> Tensor:
+    """Requires an adjacency matrix, and options that it suits.
+
+    Returns:
+        Which context features each feature depends on, with shape (D, C).
+    """
+    if independent:
+        raise TypeError(
+            "'adjacency' is an option of the autoregressive conditioner alone: in an LDU block, U "
+            "has the opposite order of L, so that each feature depends on all connected ones."
+        )
+    if randperm:
+        raise ValueError("'randperm' should be False where there is an 'adjacency'.")
+    seen, _ = check_adjacency(adjacency, features, context)
+    return seen[:, features.numel() :]
 
 
 def affine_sinusoids(
@@ -189,7 +221,6 @@ def _autoregressive(
     features: Size,
     context: int,
     *,
-    order: Tensor,
     max_scale: float,
     sinusoids: int,
     components: int,
@@ -201,7 +232,8 @@ def _autoregressive(
 ) -> LazyTriangular:
     """Creates a lazy triangular transform of affine maps and sinusoids, conditioned in full.
 
-    The arguments are those of :class:`SinusoidalFlow`, and options of the network.
+    The arguments are those of :class:`SinusoidalFlow`, and options of the network, its order or
+    adjacency among them.
     """
     check.size("sinusoids", sinusoids)
     check.size("components", components)
@@ -214,7 +246,7 @@ def _autoregressive(
     if shortcut is not None:
         options["shortcut"] = shortcut
 
-    masked: Any = network(features, context, outputs, order=order, **options)
+    masked: Any = network(features, context, outputs, **options)
     if not hasattr(masked, "set_bias"):
         raise TypeError(
             "'network' should make a network with a method 'set_bias' for the autoregressive "

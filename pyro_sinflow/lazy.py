@@ -12,14 +12,15 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
-from zuko.nn import MLP
+from zuko.nn import MLP, MaskedMLP
 from zuko.transforms import AdditiveTransform
 
 from . import _validate as check
 from .autoregressive import NetworkMap, name_of, splitter
 from .bijection import at_least_float32
 from .element_wise import Affine, SinusoidalChain
-from .networks import MaskedNetwork, check_context, check_order
+from .masks import check_order, masked_mlp
+from .networks import MaskedNetwork, check_context
 from .solvers import Solver
 from .transforms import LDUTransform, TriangularTransform
 
@@ -113,8 +114,10 @@ class LazyTriangular(Lazy):
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""
         network = self.network if type(self.network) is MaskedNetwork else None
+        passes = self.network.passes if isinstance(self.network, MaskedNetwork) else None
+        meta, features = partial(self.meta, c), self.features
         function = NetworkMap(
-            partial(self.meta, c), self, network, self.univariate, self.shapes, c, self.features
+            meta, self, network, self.univariate, self.shapes, c, features, passes
         )
         return TriangularTransform(function, solver=self.solver)
 
@@ -127,6 +130,7 @@ class LazyElementWise(Lazy):
         context: The number of context features.
         hidden_features: The numbers of hidden features of the network that sees the context.
         activation: The activation function constructor of that network.
+        adjacency: Which of the context each feature depends on, with shape :math:`(D, C)`, or all.
     """
 
     def __init__(
@@ -135,21 +139,27 @@ class LazyElementWise(Lazy):
         context: int,
         hidden_features: Sequence[int],
         activation: Callable[[], nn.Module] | None,
+        adjacency: Tensor | None = None,
     ) -> None:
         super().__init__()
 
         self.parameter = nn.Parameter(parameters)
         self.context = context
-        self.hyper: MLP | None = None
-        if context > 0:
+        self.hyper: MLP | MaskedMLP | None = None
+        if context == 0 or (adjacency is not None and not adjacency.any()):
+            return
+        if adjacency is None or bool(adjacency.all()):
             self.hyper = MLP(context, parameters.numel(), hidden_features, activation)
-            nn.init.zeros_(self.hyper[-1].weight)
-            nn.init.zeros_(self.hyper[-1].bias)
+        else:
+            seen = adjacency.repeat_interleave(parameters.numel() // len(adjacency), dim=0)
+            self.hyper = masked_mlp(seen, hidden_features, activation)
+        nn.init.zeros_(self.hyper[-1].weight)
+        nn.init.zeros_(self.hyper[-1].bias)
 
     def moved(self, c: Tensor | None) -> Tensor:
         """Returns the parameters, moved by the context."""
         parameter = self.parameter
-        if c is not None or self.hyper is not None:
+        if c is not None or self.context > 0:
             check_context(c, self.context, parameter.dtype)
         if c is not None and self.hyper is not None:
             move = self.hyper(c.to(parameter.dtype)).to(parameter.dtype)
@@ -168,6 +178,7 @@ class LazyAffine(LazyElementWise):
         context: The number of context features.
         hidden_features: The numbers of hidden features of the network that sees the context.
         activation: The activation function constructor of that network.
+        adjacency: Which of the context each feature depends on, with shape :math:`(D, C)`, or all.
     """
 
     def __init__(
@@ -176,8 +187,10 @@ class LazyAffine(LazyElementWise):
         context: int = 0,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] | None = None,
+        adjacency: Tensor | None = None,
     ) -> None:
-        super().__init__(torch.zeros(*features, 2), context, hidden_features, activation)
+        start = torch.zeros(*features, 2)
+        super().__init__(start, context, hidden_features, activation, adjacency)
 
     def forward(self, c: Tensor | None = None) -> Affine:
         """Returns the transformation, given a context."""

@@ -11,6 +11,7 @@ from torch import Size, Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from . import _validate as check
+from .masks import check_adjacency, check_order, masked_mlp, reach
 
 _PROBES = 64  # units whose influence on others is tested
 
@@ -35,19 +36,6 @@ def weight_dtype(module: nn.Module) -> torch.dtype:
         if isinstance(weight, Tensor):
             return weight.dtype
     return torch.get_default_dtype()
-
-
-def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
-    """Requires a permutation of the features, and returns it."""
-    n = features.numel()
-    if order is None:
-        return torch.arange(n)
-    ranks = torch.as_tensor(order).flatten()
-    if ranks.is_floating_point() or ranks.dtype == torch.bool or len(ranks) != n:
-        raise ValueError(f"'order' should hold {n} integers, got {order}.")
-    if sorted(ranks.tolist()) != list(range(n)):
-        raise ValueError(f"'order' should be a permutation of 0, ..., {n - 1}, got {order}.")
-    return ranks.long()
 
 
 def check_activation(
@@ -119,15 +107,19 @@ class Shortcut(nn.Module):
         adjacency: Which inputs each feature may depend on, with shape :math:`(D, D + C)`.
         rate: How many times faster than other weights it learns, by an optimiser that moves each by
             about the learning rate, as Adam does.
+        order: The features sorted such that each comes after those that it depends on. If
+            :py:`None`, they are sorted by how many it depends on.
     """
 
     mask: Tensor
+    order: Tensor | None
 
-    def __init__(self, adjacency: Tensor, rate: float) -> None:
+    def __init__(self, adjacency: Tensor, rate: float, order: Tensor | None = None) -> None:
         super().__init__()
 
         self.weight = nn.Parameter(torch.zeros(adjacency.shape))
         self.register_buffer("mask", rate * adjacency.to(self.weight.dtype))
+        self.register_buffer("order", order)
 
     def extra_repr(self) -> str:
         """Shows how many times faster than other weights it learns."""
@@ -147,7 +139,9 @@ class Shortcut(nn.Module):
         """
         n = len(self.weight)
         mask, weight = self.mask[:, :n], self.weight[:, :n]
-        order = mask.sum(dim=1).argsort()  # by the number of features that come before
+        order = self.order
+        if order is None:
+            order = mask.sum(dim=1).argsort()
         w = (mask * weight)[order][:, order].to(torch.promote_types(weight.dtype, torch.float32))
         q = torch.linalg.solve_triangular(w, -w, upper=False, unitriangular=True)
         back = order.argsort()
@@ -165,6 +159,12 @@ class MaskedNetwork(nn.Module):
         context: The number of context features.
         outputs: The number of outputs for each feature.
         order: The rank of each feature. If :py:`None`, features are in ascending order.
+        adjacency: Which features and context features each feature depends on, instead of an order:
+            a matrix of booleans, or zeros and ones, with shape :math:`(D, D)` or
+            :math:`(D, D + C)`. Row i holds the dependencies of feature i, features in raster order.
+            As for :class:`zuko.flows.autoregressive.MaskedAutoregressiveTransform`, the diagonal
+            holds ones, and the graph has no cycles. Without columns for the context, each feature
+            depends on all of it.
         hidden_features: The numbers of hidden features.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
             It must act on each unit by itself.
@@ -175,12 +175,20 @@ class MaskedNetwork(nn.Module):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a size is not positive, ``order`` no permutation, a number out of range, or
-            ``activation`` mixes units.
+        ValueError: If a size is not positive, ``order`` no permutation, ``adjacency`` has the wrong
+            shape or values, a zero on the diagonal, or a cycle, both of them are given, a number is
+            out of range, ``activation`` mixes units, or there are fewer hidden features than an
+            ``adjacency`` needs.
 
     Example:
         >>> network = MaskedNetwork((3,), context=2, outputs=4)
         >>> network(torch.randn(5, 3), torch.randn(2)).shape
+        torch.Size([5, 3, 4])
+
+        Here the second feature depends on the first, and the third on the second alone.
+
+        >>> chain = [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+        >>> MaskedNetwork((3,), outputs=4, adjacency=chain)(torch.randn(5, 3)).shape
         torch.Size([5, 3, 4])
     """
 
@@ -195,6 +203,8 @@ class MaskedNetwork(nn.Module):
         residual: bool = False,
         dropout: float = 0.0,
         shortcut: float = 0.0,
+        *,
+        adjacency: Sequence[Sequence[int]] | Tensor | None = None,
     ) -> None:
         super().__init__()
 
@@ -205,34 +215,38 @@ class MaskedNetwork(nn.Module):
         hidden = [check.size("hidden_features", h) for h in sizes]
         check.flag("residual", residual)
         check.real("shortcut", shortcut, 0.0, math.inf, closed=True)
-        rank = check_order(order, self.features)
         activate = check_activation(activation, dropout)
-
-        seen = torch.ones(len(rank), self.context, dtype=torch.bool)
-        adjacency = torch.cat((rank[:, None] > rank, seen), dim=1)
+        if adjacency is not None and order is not None:
+            raise ValueError("'order' should be None where there is an 'adjacency', got both.")
+        sorted_features: Tensor | None = None
+        if adjacency is None:
+            rank = check_order(order, self.features)
+            whole = torch.ones(len(rank), self.context, dtype=torch.bool)
+            seen, self.passes = torch.cat((rank[:, None] > rank, whole), dim=1), len(rank)
+        else:
+            seen, rank = check_adjacency(adjacency, self.features, self.context)
+            self.passes, sorted_features = 1 + int(rank.max()), rank.argsort().to(seen.device)
         self.mlp: MaskedMLP | None = None
         self.shortcut: Shortcut | None = None
-        if not adjacency.any():  # one feature without a context: nothing to depend on
-            self.constant = nn.Parameter(torch.zeros(self.outputs))
+        if not seen.any():  # nothing to depend on
+            self.constant = nn.Parameter(torch.zeros(len(seen) * self.outputs))
             return
-        self.mlp = MaskedMLP(
-            adjacency.repeat_interleave(self.outputs, dim=0),
-            hidden_features=hidden,
-            activation=activate,
-            residual=residual and len(hidden) > 0,
-        )
-        for layer in self.mlp.modules():
-            if isinstance(layer, MaskedLinear):
-                # A product with booleans is several times slower.
-                layer.mask = layer.mask.to(layer.weight.dtype)
+        outputs_seen = seen.repeat_interleave(self.outputs, dim=0)
+        mlp = masked_mlp(outputs_seen, hidden, activate, residual and len(hidden) > 0)
+        if adjacency is not None and bool((outputs_seen.cpu() & ~reach(mlp)).any()):
+            raise ValueError(
+                f"'hidden_features' {tuple(hidden)} are too few for the dependencies that "
+                f"'adjacency' states: {len(seen.unique(dim=0))} in each layer are enough."
+            )
         width = 0
-        for part in self.mlp.modules():
+        for part in mlp.modules():
             if isinstance(part, MaskedLinear):
                 width = part.out_features
             elif not isinstance(part, MaskedMLP | Residual):
                 check_element_wise(part, [width])
+        self.mlp = mlp
         if shortcut and hidden:
-            self.shortcut = Shortcut(adjacency, shortcut)
+            self.shortcut = Shortcut(seen, shortcut, sorted_features)
 
     @property
     def bias(self) -> Tensor:
@@ -270,7 +284,8 @@ class MaskedNetwork(nn.Module):
         if c is not None or self.context > 0:
             check_context(c, self.context, dtype)
         if mlp is None:
-            return self.constant.to(x.dtype).expand(*x.shape, self.outputs)
+            constant = self.constant.view(*self.features, self.outputs)
+            return constant.to(x.dtype).expand(*x.shape, self.outputs)
         flat = join(x if n == 1 else x.flatten(-n), c)
         if flat.dtype != dtype:
             flat = flat.to(dtype)

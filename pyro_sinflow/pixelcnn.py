@@ -12,7 +12,8 @@ from zuko.nn import Residual
 from zuko.utils import broadcast
 
 from . import _validate as check
-from .networks import check_activation, check_context, check_element_wise, check_order
+from .masks import check_order
+from .networks import check_activation, check_context, check_element_wise
 
 
 class MaskedConv2d(nn.Conv2d):

@@ -12,7 +12,7 @@ PACKAGE = Path(pyro_sinflow.__file__).parent
 ORDER = [
     *("_torch", "_validate", "arrays", "sinusoid", "solvers"),
     *("kernels.eager", "kernels.triton", "kernels"),
-    *("networks", "pixelcnn", "sequential", "bijection", "autoregressive", "nilpotent"),
+    *("masks", "networks", "pixelcnn", "sequential", "bijection", "autoregressive", "nilpotent"),
     *("implicit", "element_wise", "transforms", "lazy", "modules", "flows"),
     "guides",
 ]
