@@ -1,6 +1,7 @@
 """Names that the docstrings' examples use."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pyro
@@ -15,6 +16,8 @@ try:
     from pyro_sinflow.kernels import triton as _  # noqa: F401
 except ImportError:  # not installed, or too old
     collect_ignore.append("kernels/triton.py")
+if find_spec("sbi") is None:  # its examples need it
+    collect_ignore.append("sbi.py")
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ ORDER = [
     *("kernels.eager", "kernels.triton", "kernels"),
     *("masks", "networks", "pixelcnn", "sequential", "bijection", "autoregressive", "nilpotent"),
     *("implicit", "element_wise", "transforms", "lazy", "modules", "flows"),
-    "guides",
+    *("guides", "sbi"),
 ]
 
 
