@@ -1,72 +1,167 @@
-"""The recipes for Pyro run, and their tables hold what they say."""
+"""Every program of the recipes runs, and does what the text around it says."""
 
-import json
+import re
+from pathlib import Path
 
 import pytest
-from test_examples import rows, run
+import torch
+
+from pyro_sinflow import AutoLDU
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 
-def is_picture(path):
-    return path.read_bytes().startswith(b"\x89PNG")
+def programs():
+    """The programs by the heading of their section."""
+    found = {}
+    for section in PAGE.read_text().split("\n## ")[1:]:
+        title = section.splitlines()[0]
+        found[title] = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    return found
 
 
-def test_hierarchical_regression(tmp_path):
-    options = ("--steps", "3", "--draws", "50", "--nuts", "6")
-    table = rows(run("hierarchical.py", "--out", tmp_path, *options))
-    results = json.loads((tmp_path / "hierarchical.json").read_text())
-    assert len(results) == 4
-    for guide, r in results.items():
-        elbo = f"{r['elbo']:.2f} ± {r['error']:.2f}"
-        assert table[guide] == [elbo, f"{r['mean']:.2f}", f"{r['std']:.0%}"]
-        assert r["error"] > 0
-    assert is_picture(tmp_path / "hierarchical.png")
+PROGRAMS = programs()
 
 
-def test_funnel(tmp_path):
-    table = rows(run("funnel.py", "--out", tmp_path, "--steps", "3", "--draws", "8"))
-    results = json.loads((tmp_path / "funnel.json").read_text())
-    assert table["NUTS"][-1] == "1.00"
-    assert len(results) == 4
-    for name, r in results.items():
-        assert r["gradients"] >= 8  # each draw takes at least one
-        assert table[name][3] == f"{1000 * r['size'] / r['gradients']:.1f}"
-    assert is_picture(tmp_path / "funnel.png")
+def results(title, number=0):
+    """Runs a program, in names of its own, and returns them."""
+    for package in ("lampe", "sbi"):
+        if f"from {package}." in PROGRAMS[title][number]:
+            pytest.importorskip(package)
+    names = {"__name__": "recipe"}
+    exec(compile(PROGRAMS[title][number], f"{PAGE.name}: {title}", "exec"), names)
+    return names
 
 
-def test_vae(tmp_path):
-    table = rows(run("vae.py", "--out", tmp_path, "--steps", "2", "--draws", "4"))
-    results = json.loads((tmp_path / "vae.json").read_text())
-    assert table["normal"][-1] == "+0.00 ± 0.00"
-    for prior, r in results.items():
-        assert table[prior][:2] == [f"{r['elbo']:.2f}", f"{r['evidence']:.2f}"]
-        assert r["evidence"] > r["elbo"]  # by Jensen's inequality
-    assert is_picture(tmp_path / "vae.png")
+def test_every_section_has_a_program_and_a_test():
+    assert all(PROGRAMS.values())
+    assert "```python" not in PAGE.read_text().split("\n## ")[0]
+    source = Path(__file__).read_text()
+    tested = re.findall(r"results\(\"(.+?)\"(?:, (\d))?\)", source)
+    expected = {(title, str(i)) for title, p in PROGRAMS.items() for i in range(len(p))}
+    assert {(title, number or "0") for title, number in tested} == expected
 
 
-def test_ablation(tmp_path):
-    options = ("--steps", "2", "--seeds", "2", "--data", "breast cancer", "--conditioners")
-    change = ("--changes", "no shortcut", "the paper, literally")
-    table = rows(run("ablation.py", "--out", tmp_path, *options, "LDU blocks", *change))
-    scores = json.loads((tmp_path / "ablation.json").read_text())["LDU blocks"]
-    assert [*scores] == ["default", change[1], change[2]]
-    for name in change[1:]:
-        first, second = (
-            b - a
-            for a, b in zip(
-                scores["default"]["breast cancer"], scores[name]["breast cancer"], strict=True
-            )
-        )
-        assert table[name] == [f"{(first + second) / 2:+.2f} ± {abs(first - second) / 2:.2f}"]
+def integral(log_prob, low, high, points=150):
+    """The integral over a rectangle, by the midpoint rule."""
+    sides = [(b - a) / points for a, b in zip(low, high, strict=True)]
+    axes = [a + side * (torch.arange(points) + 0.5) for a, side in zip(low, sides, strict=True)]
+    with torch.no_grad():
+        return float(log_prob(torch.cartesian_prod(*axes)).exp().sum()) * sides[0] * sides[1]
 
 
-def test_reconstruction(tmp_path):
-    table = rows(run("reconstruction.py", "--out", tmp_path, "--steps", "1", "--images", "4"))
-    results = json.loads((tmp_path / "reconstruction.json").read_text())
-    for found in results.values():
-        distances = [r["distance"] for r in found["iterations"]]
-        assert distances[-1] < 1e-4 < distances[0]
-    assert float(table["1e-06"][-1]) == pytest.approx(
-        results["default"]["tolerance"][-1]["distance"], rel=0.1
+def test_densities_with_bounds():
+    names = results("Densities of bounded and positive values")
+    samples, flow = names["samples"], names["flow"]
+    assert (samples > 0).all()
+    assert (samples[:, 0] < 1).all()
+    assert integral(flow().log_prob, (0.0, 0.0), (1.0, 8.0)) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_priors_with_bounds():
+    names = results("Priors with bounds in Pyro")
+    assert (names["rates"] > 0).all()
+    assert (names["rates"] < 10).all()
+    noise = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    prior = torch.distributions.TransformedDistribution(
+        noise, [names["block"].inv, names["to_support"]]
     )
-    assert is_picture(tmp_path / "reconstruction.png")
-    assert is_picture(tmp_path / "reconstructed.png")
+    assert integral(prior.log_prob, (0.0, 0.0), (10.0, 10.0)) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_guides_with_bounds():
+    sample = results("Guides with bounds in Pyro")["sample"]
+    assert 0 < sample["p"] < 1
+    assert sample["spread"] > 0
+
+
+def test_heavy_tails():
+    names = results("Heavy tails")
+    df = names["degrees_of_freedom"]
+    assert (df < 4.9).all()  # from 5, towards the 2 of the data
+    far = torch.tensor([[1e3, 0.0], [1e4, 0.0]])
+    with torch.no_grad():
+        near, farther = names["flow"]().log_prob(far)
+    assert float(near - farther) < 15 * torch.tensor(10.0).log()  # a power of the distance
+
+
+def test_a_guide_of_heavy_tails():
+    names = results("Guides with bounds in Pyro")
+
+    class Heavy(AutoLDU):
+        def get_base_dist(self):
+            zeros = super().get_base_dist().mean
+            return names["dist"].StudentT(5.0, zeros, 1.0).to_event(1)
+
+    assert set(Heavy(names["model"])(torch.tensor(15.0))) == {"p", "spread", "logit"}
+
+
+def test_discrete_latents_that_are_summed_out():
+    means = results("Discrete latent variables, summed out")["means"]
+    assert (means.sort().values - torch.tensor([-3.0, 3.0])).abs().max() < 1.5
+
+
+def test_discrete_latents_in_the_guide():
+    losses = results("Discrete latent variables in the guide")["losses"]
+    assert sum(losses[-20:]) < sum(losses[:20])
+
+
+def test_amortised_guides():
+    losses = results("Amortised guides")["losses"]
+    assert sum(losses[-20:]) < sum(losses[:20])
+
+
+def test_a_dependency_structure():
+    names = results("Your own dependency structure")
+    jacobian = torch.autograd.functional.jacobian(names["flow"]().transform, names["x"][0])
+    assert torch.equal((jacobian != 0).long(), names["chain"])
+    assert names["log_prob"].shape == (10,)
+
+
+def test_npe_of_sbi():
+    names = results("sbi, with its z-scoring")
+    assert names["prior"].support.check(names["samples"]).all()
+
+
+def test_vi_of_sbi():
+    names = results("sbi, variational posterior")
+    assert names["prior"].support.check(names["samples"]).all()
+
+
+def test_lampe():
+    assert results("lampe")["samples"].shape == (100, 2)
+
+
+def test_a_mixture_as_base():
+    names = results("Mixtures", 0)
+    assert names["samples"].shape == (100, 2)
+    with torch.no_grad():
+        total = integral(names["flow"]().log_prob, (-12.0, -12.0), (12.0, 12.0))
+    assert total == pytest.approx(1.0, abs=5e-3)
+
+
+def test_a_mixture_of_flows():
+    names = results("Mixtures", 1)
+    assert names["samples"].shape == (100, 2)
+    mixture = names["Mixture"](names["flow"](names["components"]), names["logits"])
+    assert integral(mixture.log_prob, (-9.0, -9.0), (9.0, 9.0)) == pytest.approx(1.0, abs=5e-3)
+
+
+def test_averaged_weights():
+    names = results("Averaged weights")
+    assert names["log_prob"].isfinite().all()
+    pairs = zip(names["flow"].parameters(), names["averaged"].module.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_early_stopping():
+    names = results("Early stopping")
+    assert names["step"] < 999
+    with torch.no_grad():
+        score = -names["flow"]().log_prob(names["validation"]).mean()
+    assert float(score) == pytest.approx(names["best"], rel=1e-5)
+
+
+def test_tuning():
+    names = results("What to tune first")
+    assert names["scores"][names["best"]] == min(names["scores"].values())
