@@ -40,7 +40,7 @@ def posterior_nn(
 
     Args:
         build: The constructor of the flow, called with the numbers of parameters and of context
-            features: :class:`~pyro_sinflow.SinusoidalFlow`, :func:`functools.partial` of it with
+            features: :class:`~pyro_sinflow.SinusoidalFlow`, ``functools.partial`` of it with
             other options, or one of zuko's.
         z_score_theta: How parameters are standardized: ``"independent"``, each by itself;
             ``"structured"``, all by one mean and deviation; ``"transform_to_unconstrained"``, not
@@ -105,7 +105,7 @@ def variational_family(
     Args:
         prior: The prior of the parameters.
         build: The constructor of the flow, called with the number of parameters:
-            :class:`~pyro_sinflow.SinusoidalFlow`, or :func:`functools.partial` of it with other
+            :class:`~pyro_sinflow.SinusoidalFlow`, or ``functools.partial`` of it with other
             options. The base of the flow should be a standard normal distribution.
         z_score_theta: How unconstrained parameters are standardized: ``"independent"``, each by
             itself; ``"structured"``, all by one mean and deviation; ``"none"`` or :py:`None`, not
