@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -281,7 +280,8 @@ class FastInverse(Lazy):
         call: Any = t.meta
         standard = (
             isinstance(call, partial)
-            and call.func == MethodType(MaskedAutoregressiveTransform.meta, lazy)
+            and getattr(call.func, "__func__", None) is MaskedAutoregressiveTransform.meta
+            and getattr(call.func, "__self__", None) is lazy
             and call.args[0] is c
         )
         function = NetworkMap(

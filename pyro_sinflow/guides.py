@@ -154,7 +154,7 @@ class AutoLDU(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Returns the transformation from noise to latent variables, with a cache."""
-        fast, below = self._parameter().tensor_split((2,))
+        fast, below = at_least_float32(self._parameter()).tensor_split((2,))
         loc, log_scale = (_FASTER * fast).unbind()
         scale = log_scale.exp()
         affine = _Affine(loc, scale.diag() + scale * below.tril(-1))
