@@ -176,9 +176,7 @@ class State:
         self._seen: set[int] = set()
         self._add(None, root)
         self._lengths = [*map(len, self._containers)]
-        self._is_known = not any(
-            t.is_inference() for t in self._tensors
-        )  # tensors of inference mode have no versions
+        self._is_known = not any(t.is_inference() for t in self._tensors)  # those have no versions
 
     def _keep(self, container: dict[Any, Any] | None, key: Any, value: Any) -> None:
         if container is None:

@@ -17,9 +17,7 @@ from ._torch import autocasting, can_branch_on, versions
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
 
-_finite: tuple[ReferenceType[Tensor], int | None] | None = (
-    None  # the latest context that was found finite
-)
+_finite: tuple[ReferenceType[Tensor], int | None] | None = None  # the latest finite context
 
 
 def tensor(name: str, x: Any) -> None:

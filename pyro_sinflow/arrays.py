@@ -94,7 +94,5 @@ _common = {
     "softplus": F.softplus,
     "stack": torch.stack,
 }
-TORCH = SimpleNamespace(**_common, waves=_torch_waves)  # in-place: for tensors without a graph
-PLAIN = SimpleNamespace(
-    **_common, waves=_plain_waves
-)  # operations that torch can differentiate and compile
+TORCH = SimpleNamespace(**_common, waves=_torch_waves)  # for tensors without a graph
+PLAIN = SimpleNamespace(**_common, waves=_plain_waves)  # differentiable operations

@@ -113,8 +113,7 @@ class SinusoidalTransform(SinusoidalChain):
     :math:`w = \text{softmax}(\text{weight})` and
     :math:`\alpha = (1 - \epsilon) \tanh(\text{residual})`. Its slope lies in
     :math:`[1 - |\alpha|, 1 + |\alpha|]` and :math:`f(0) = d`. With ``residual = 0`` it is a shift.
-    It does not change the scale of the tails: :math:`|f(x) - x - d| \leq |\alpha| \sum_k w_k /
-        a_k`.
+    The scale of the tails is kept: :math:`|f(x) - x - d| \leq |\alpha| \sum_k w_k / a_k`.
 
     References:
         | Sinusoidal Flow: A Fast Invertible Autoregressive Flow (Wei, 2021), Eq. 12, 13 and 15

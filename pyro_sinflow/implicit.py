@@ -71,9 +71,7 @@ def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> 
     record("triangular", limit, y.numel())
     if not features:
         return x
-    return new.where(
-        finite_events(new, function.event_dim), torch.nan
-    )  # an error cannot be raised here
+    return new.where(finite_events(new, function.event_dim), torch.nan)  # without an error
 
 
 def _root(
@@ -120,7 +118,7 @@ class _Jacobian:
         leaf = x.detach().requires_grad_()
         self.function = function
         self.trusted = trusted
-        # The diagonal is the derivative by the input of tau, the rest is that by the conditioner's.
+        # The derivative by the input of tau is the diagonal; that by the conditioner's, the rest.
         self.own, self.others = _Detached.apply(leaf)
         self.value = function(self.others)(self.own)
         self.is_constant = not depends_on_more(self.value, [leaf])

@@ -162,14 +162,9 @@ class Stages:
                 if following is None:
                     stage = level.repeat_interleave(len(mask) // self.features)
                 elif isinstance(following, _Skip) and not following.begins:
-                    branch, stage = (
-                        stage,
-                        skipped.pop(),
-                    )  # in the order of the units they are added to
+                    branch, stage = stage, skipped.pop()  # in the order of the sum
                     if bool((branch > stage).any()):
-                        raise NotImplementedError(
-                            "A residual branch depends on later features than its sum."
-                        )
+                        raise NotImplementedError("A residual branch sees later features.")
                 inputs, units = units, _Units.sort(stage, count)
                 self.units.append((inputs, units))
             elif isinstance(operation, _Skip) and operation.begins:

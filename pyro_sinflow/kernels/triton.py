@@ -258,9 +258,7 @@ def _solve(
         if banach:
             new = x - error
         else:
-            done = done | (
-                upper - lower <= 2 * eps * tl.abs(x)
-            )  # no floating-point number in between
+            done = done | (upper - lower <= 2 * eps * tl.abs(x))  # adjacent numbers
             lower = tl.where(error < 0, x, lower)
             upper = tl.where(error > 0, x, upper)
             turned = a * (s * (1 - 2 * q) - 2 * c * p)
