@@ -1,4 +1,4 @@
-"""Every private or introspective use of torch."""
+"""All uses of private names of torch, and all inspection of modules and tensors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ R = TypeVar("R")
 
 
 def is_concrete(*tensors: Tensor) -> bool:
-    """Whether the tensors have values that outlive the call.
+    """Whether the tensors have values that can be kept after the call.
 
-    They have none inside ``torch.compile`` or a ``torch.func`` transform, nor if fake or meta.
+    Tensors inside ``torch.compile`` or a ``torch.func`` transform have no such values. Fake and
+    meta tensors have no values at all.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -44,8 +45,9 @@ def is_concrete(*tensors: Tensor) -> bool:
 def can_branch_on(*tensors: Tensor) -> bool:
     """Whether Python may branch on the values of tensors.
 
-    It may not if they are not concrete, are recorded by ``torch.jit.trace``, or carry more than
-    their values: tangents of forward-mode differentiation, or a batch of ``is_grads_batched``.
+    It may not if the tensors are not concrete (:func:`is_concrete`), if ``torch.jit.trace`` records
+    them, or if they carry tangents of forward-mode differentiation or a batch of
+    ``is_grads_batched``.
     """
     if (
         torch.compiler.is_compiling()
@@ -61,9 +63,10 @@ def can_branch_on(*tensors: Tensor) -> bool:
 
 
 def can_fuse(*tensors: Tensor) -> bool:
-    """Whether a fused operation may take the place of torch's own.
+    """Whether a fused operation may replace operations of torch.
 
-    It may on plain tensors, where reverse-mode differentiation is the only transformation.
+    It may if all tensors are plain tensors or parameters, and no transformation other than
+    reverse-mode differentiation is active.
     """
     for t in tensors:
         if type(t) not in (Tensor, nn.Parameter):
@@ -72,7 +75,7 @@ def can_fuse(*tensors: Tensor) -> bool:
 
 
 def differentiation_levels() -> int:
-    """Returns how many transforms that differentiate are active."""
+    """Returns the number of active transforms that differentiate (grad, jvp, forward mode)."""
     levels = int(forward_ad._current_level >= 0)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         kinds = torch._C._functorch.TransformType
@@ -82,7 +85,7 @@ def differentiation_levels() -> int:
 
 
 def honours_torch_function(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets tensor subclasses override a function of tensors, as they override torch's own."""
+    """Lets tensor subclasses override a function by ``__torch_function__``."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -100,7 +103,8 @@ def vjp(
 ) -> tuple[Tensor, ...]:
     """Returns vector-Jacobian products that can be differentiated again.
 
-    They are partial: an input that was computed from another is treated as independent of it.
+    The derivatives are partial: each input is treated as independent of the others, even if it was
+    computed from them.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -112,7 +116,7 @@ def vjp(
 
 
 def depends_on_more(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether the graph of a tensor has other leaves that require gradients than the given ones."""
+    """Whether the graph of a tensor has leaves that require gradients and are not given."""
     known = {id(leaf) for leaf in leaves}
     stack, seen = [tensor.grad_fn], set()
     while stack:
@@ -128,9 +132,9 @@ def depends_on_more(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
 
 
 def versions(*tensors: Tensor) -> list[int | None]:
-    """Returns the versions of tensors, None for those of inference mode, which have none.
+    """Returns the versions of tensors. Tensors of inference mode have none: theirs is None.
 
-    A tensor that is made to require gradients counts as another version.
+    The version also changes when ``requires_grad`` is set.
     """
     seen: list[int | None] = []
     for t in tensors:
@@ -147,25 +151,26 @@ def _held(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, MethodType):
         return {0: value.__self__}
     if isinstance(value, FunctionType):
-        cells = [c for c in value.__closure__ or () if c != CellType()]  # but those that are empty
+        cells = [c for c in value.__closure__ or () if c != CellType()]  # without empty cells
         return dict(enumerate(c.cell_contents for c in cells))
     return None if isinstance(value, type | State) else getattr(value, "__dict__", None)
 
 
 class State:
-    """The tensors and modules that an object holds, to tell whether they have changed.
+    """The tensors and modules that an object holds, to find out whether they have changed.
 
-    They are found in its attributes, and in what those hold. The training modes and hooks of
-    modules count as well. What a function reads from its module is not found.
+    It searches the attributes of the object, and the attributes, items and closures of what it
+    finds there. It also records the training modes and hooks of modules. It does not see the global
+    variables that a function reads.
 
     Args:
         root: The attributes of the object. No reference to them is kept.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
-        self._root: list[tuple[str, Any]] = []  # what the root holds
+        self._root: list[tuple[str, Any]] = []  # the items of the root
         self._places: list[tuple[dict[Any, Any], Any]] = []
-        self._values: list[Any] = []  # what there is at these places
+        self._values: list[Any] = []  # the values at these places
         self._containers: list[dict[Any, Any]] = []
         self._tensors: list[Tensor] = []
         self._seen: set[int] = set()
@@ -200,7 +205,7 @@ class State:
                 self._add(values[name], values[name])
 
     def versions(self, root: dict[str, Any]) -> list[int] | None:
-        """Returns the versions of the tensors; none if anything else has changed."""
+        """Returns the versions of the tensors, or None if anything else has changed."""
         if not self._is_known or [*map(len, self._containers)] != self._lengths:
             return None
         for key, value in self._root:
@@ -213,12 +218,12 @@ class State:
 
 
 def modes(x: Tensor) -> tuple[Any, ...]:
-    """Returns the modes that decide how a computation is carried out on the device of x."""
+    """Returns the modes that change a computation on the device of x: gradients, autocast."""
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocasting(x.device.type)
 
 
 def autocasting(device: str) -> bool:
-    """Whether autocast is enabled on a device; some, such as "meta", know no autocast."""
+    """Whether autocast is enabled on a device. Some devices, such as "meta", do not support it."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
@@ -229,7 +234,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 _RANDOM = (_DropoutNd, nn.RReLU)  # in training
-# Those of torch where each unit of the output depends on the same unit of the input alone.
+# Activations of torch that are not element-wise: an output depends on several inputs.
 _MIXING = {nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin}
 ELEMENT_WISE = {getattr(nn, name) for name in activation.__all__} - _MIXING | {nn.Identity}
 
@@ -240,10 +245,10 @@ def is_dropout(module: nn.Module) -> bool:
 
 
 def plain_modules(root: nn.Module) -> list[Any] | None:
-    """Returns the class of a module and all its submodules with theirs.
+    """Returns the class of a module, and each of its submodules with its class.
 
-    Returns None if hooks or a replaced ``forward`` may change what one of them returns, or if one
-    of them is random.
+    Returns None if one of them has hooks or a replaced ``forward``, which may change its output, or
+    if one of them is random.
     """
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return None
@@ -259,4 +264,4 @@ def plain_modules(root: nn.Module) -> list[Any] | None:
             return None
         parts += module, type(module)
         stack.extend(module._modules.values())
-    return parts[1:]  # without the module itself, which a record of it would keep alive
+    return parts[1:]  # without the module itself: a reference to it would keep it alive

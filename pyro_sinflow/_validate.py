@@ -1,4 +1,4 @@
-"""Checks of user input: each names the argument, what was given and what was expected."""
+"""Checks of user input. Each error names the argument, what was given and what was expected."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ._torch import autocasting, can_branch_on, versions
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
 
-_finite: tuple[ReferenceType[Tensor], int | None] | None = None  # the latest context that was so
+_finite: tuple[ReferenceType[Tensor], int | None] | None = None  # the latest finite context
 
 
 def tensor(name: str, x: Any) -> None:
     """Requires a floating-point tensor without NaN or infinity.
 
-    Like Pyro's distributions, it does not look at values if validation is off. MCMC relies on that:
-    a trajectory that diverges may reach NaN, and is rejected. (torch's own switch is of no use
-    here, because torch.compile turns it off and leaves it off.)
+    Like Pyro's distributions, it does not look at values if Pyro's validation is off. MCMC switches
+    it off, because a divergent trajectory may reach NaN and is then rejected. (torch's own switch
+    cannot be used, because torch.compile turns it off and leaves it off.)
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"'{name}' should be a tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"'{name}' should be a floating-point tensor, got {x.dtype}.")
-    # One reduction is enough if the sum is finite. If not, the terms may be finite all the same.
+    # If the sum is finite, so are the terms. If it is not, it may have overflowed: count them.
     if is_validation_enabled() and can_branch_on(x) and not math.isfinite(x.detach().sum()):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         if nan or inf:
@@ -42,16 +42,16 @@ def tensor(name: str, x: Any) -> None:
 
 
 def context(c: Any) -> None:
-    """Requires what :func:`tensor` does, and reads the values of a context but once.
+    """Requires a finite floating-point tensor, and reads its values only once.
 
-    All parts of a flow check the context that they share, and for each reading of values the host
-    waits for a GPU. Like autograd, it does not notice changes of values through ``.data``.
+    All parts of a flow check the same context, and on a GPU the host waits each time that values
+    are read. Like autograd, it does not notice changes of values through ``.data``.
     """
     global _finite
     if not isinstance(c, Tensor) or not is_validation_enabled() or not can_branch_on(c):
         tensor("context", c)
         return
-    known = _finite  # which another thread may replace
+    known = _finite  # a copy, because another thread may replace it
     (version,) = versions(c)
     if known is None or known[0]() is not c or known[1] != version or version is None:
         tensor("context", c)
@@ -59,7 +59,7 @@ def context(c: Any) -> None:
 
 
 def dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
-    """Requires the dtype of the parameters, once half precision is lifted to float32.
+    """Requires the dtype of the parameters. Half precision counts as float32.
 
     It does nothing under autocast, which mixes dtypes.
     """
@@ -79,7 +79,7 @@ def event(name: str, x: Tensor, event_shape: Size) -> None:
 
 
 def common_shape(*shapes: Size) -> Size:
-    """Returns the shape that shapes broadcast to, at no cost where they are equal."""
+    """Returns the shape that shapes broadcast to, without overhead if they are equal."""
     first, *rest = shapes
     return first if all(shape == first for shape in rest) else torch.broadcast_shapes(*shapes)
 
@@ -123,7 +123,7 @@ def shape(name: str, shape: Any) -> Size:
 
 
 def real(name: str, value: Any, low: float, high: float, closed: bool = False) -> float:
-    """Requires a number in the open interval ``(low, high)``, or with ``closed`` in [low, high)."""
+    """Requires a number in ``(low, high)``, or in ``[low, high)`` if ``closed``."""
     if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
         raise TypeError(f"'{name}' should be a number, got {value!r}.")
     if not (low < value < high or (closed and value == low)):
@@ -146,7 +146,7 @@ def instance(name: str, value: Any, cls: type[T]) -> T:
 
 
 def function(name: str, value: C) -> C:
-    """Requires something that can be called, and returns it."""
+    """Requires a callable, and returns it."""
     if not callable(value):
         raise TypeError(f"'{name}' should be callable, got {value!r}.")
     return value

@@ -1,7 +1,7 @@
-"""The functions of arrays in which numpy and torch differ.
+"""Array functions whose names or arguments differ between numpy and torch.
 
-The formulas of sinusoids are written once, for arrays of either kind: a call of numpy takes a
-third of the time of one of torch, which decides where numbers are few.
+The formulas of sinusoids are written once, for arrays of numpy and tensors of torch. A call of
+numpy has about a third of the overhead of a call of torch, which matters for small arrays.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _numpy_softmax(x: Any, axis: int) -> Any:
 
 
 def _numpy_stack(arrays: Sequence[Any], axis: int = 0) -> Any:
-    index = (*axis * (slice(None),), None)  # numpy's own takes twice as long
+    index = (*axis * (slice(None),), None)  # np.stack takes twice as long
     return np.concatenate([a[index] for a in arrays], axis)
 
 
@@ -58,8 +58,8 @@ def _torch_waves(x: Tensor, a: Tensor) -> Tensor:
     k = a.shape[-2]
     waves = x.new_empty(*a.shape[:-2], 2 * k, x.shape[-1])
     p, q = waves[..., :k, :], waves[..., k:, :]
-    # One tangent takes less time than a sine and a cosine. It loses no digits, as its poles are no
-    # floating-point numbers.
+    # One tangent takes less time than a sine and a cosine. No digits are lost, because no
+    # floating-point number is a pole of the tangent.
     torch.mul(a, x, out=q).tan_()
     torch.mul(q, q, out=p).add_(1.0)
     torch.div(q, p, out=p)
@@ -95,4 +95,4 @@ _common = {
     "stack": torch.stack,
 }
 TORCH = SimpleNamespace(**_common, waves=_torch_waves)  # for tensors without a graph
-PLAIN = SimpleNamespace(**_common, waves=_plain_waves)  # in operations that torch can transform
+PLAIN = SimpleNamespace(**_common, waves=_plain_waves)  # differentiable operations

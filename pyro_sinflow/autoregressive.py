@@ -18,20 +18,34 @@ from .bijection import Bijection, inverse
 from .networks import MaskedNetwork
 from .sequential import StagedEvaluation, Stages, WholeEvaluation, stages_of
 
-# Passes through the whole network are faster for fewer rows than these, per stage and in all.
+# Minimum rows, per stage and in all, for which forward substitution is faster than full passes.
 _LEAST, _ENOUGH = 3, 384
 
 
 class AutoregressiveMap:
     r"""A map :math:`y_i = \tau(x_i; h_i(x_{<i}))`, for any order of the features.
 
-    This class evaluates a conditioner. Subclasses may have a faster inverse or a preconditioner.
+    This class evaluates a conditioner. A subclass can add a faster inverse (:meth:`frozen`) or a
+    preconditioner (:meth:`preconditioner`).
 
     Args:
-        conditioner: Returns, given x, the element-wise increasing :math:`\tau` as a transform.
+        conditioner: A function that takes x, with shape :math:`(*, \text{features})`, and returns
+            the element-wise increasing :math:`\tau` as a transform.
         event_dim: The number of dimensions of an event.
-        passes: A bound of the number of passes of the inverse that is lower than the number of
-            features, if one is known.
+        passes: An upper bound on the number of passes of the inverse. If :py:`None`, the number of
+            features.
+
+    Raises:
+        TypeError: If ``conditioner`` is not callable, or ``event_dim`` or ``passes`` is not an
+            integer.
+        ValueError: If ``event_dim`` or ``passes`` is not positive.
+
+    Example:
+        >>> weight = torch.randn(3, 3).tril(-1)
+        >>> f = AutoregressiveMap(lambda x: zuko.transforms.AdditiveTransform(x @ weight.T))
+        >>> t = TriangularTransform(f)
+        >>> t(torch.randn(5, 3)).shape
+        torch.Size([5, 3])
     """
 
     features: Size | None = None  # the shape of an event, if it is known
@@ -42,9 +56,9 @@ class AutoregressiveMap:
         event_dim: int = 1,
         passes: int | None = None,
     ) -> None:
-        self.conditioner = conditioner
-        self.event_dim = event_dim
-        self.passes = passes
+        self.conditioner = check.function("conditioner", conditioner)
+        self.event_dim = check.size("event_dim", event_dim)
+        self.passes = None if passes is None else check.size("passes", passes)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -59,7 +73,14 @@ class AutoregressiveMap:
         return f"conditioner: {name_of(self.conditioner)}, event_dim: {self.event_dim}"
 
     def __call__(self, x: Tensor) -> Transform:
-        r"""Returns :math:`\tau` with the parameters that x gives."""
+        r"""Returns the transform :math:`\tau` for the features x.
+
+        Args:
+            x: The features, with shape :math:`(*, \text{features})`.
+
+        Raises:
+            TypeError: If the conditioner does not return a transform.
+        """
         univariate: Any = self.conditioner(x)
         if isinstance(univariate, Transform):
             return univariate
@@ -71,34 +92,38 @@ class AutoregressiveMap:
         )
 
     def frozen(self, y: Tensor) -> FrozenInverse | None:
-        """Returns the inverse at y with the present weights, if the map is known to be triangular.
+        r"""Returns the inverse at y with the current weights, without a graph.
 
-        It must also be deterministic.
+        Returns :py:`None` unless the map is known to be triangular and deterministic.
+
+        Args:
+            y: The values to invert, with shape :math:`(*, \text{features})`.
         """
         return None
 
     def preconditioner(self) -> Tensor | None:
         """Returns a matrix Q, with shape (D, D), strictly triangular in the order of the features.
 
-        The change of x in each pass of the inverse is multiplied by :math:`I + Q`. The nearer
-        :math:`I + Q` is to the inverse of the Jacobian, the fewer passes there are.
+        The change of x in each pass of the inverse is multiplied by :math:`I + Q`. The closer
+        :math:`I + Q` is to the inverse of the Jacobian, the fewer passes are needed. :py:`None`
+        means no preconditioner.
         """
         return None
 
 
 class NetworkMap(AutoregressiveMap):
-    r"""A map whose parameters come from a masked network, which it may evaluate in stages.
+    r"""A map whose parameters come from a masked network, which can be evaluated in stages.
 
     Args:
-        conditioner: Returns, given x, the element-wise increasing :math:`\tau` as a transform.
+        conditioner: A function that takes x and returns the element-wise increasing :math:`\tau`.
         module: The module that owns the parameters.
-        network: Its network, which sees features and context side by side, or :py:`None` if it is
-            not known.
+        network: Its network, whose input is the features followed by the context, or :py:`None` if
+            the network is not known.
         univariate: The constructor of :math:`\tau`.
         shapes: The shapes of its arguments, for one feature.
-        c: The context, if there is one.
+        c: The context, or :py:`None`.
         features: The shape of an event.
-        passes: A bound of the number of passes of the inverse.
+        passes: An upper bound on the number of passes of the inverse.
     """
 
     features: Size
@@ -134,14 +159,14 @@ class NetworkMap(AutoregressiveMap):
         return f"univariate: {name_of(self.univariate)}, features: {tuple(self.features)}{context}"
 
     def preconditioner(self) -> Tensor | None:
-        """Returns the preconditioner of the shortcut, as far as it is finite."""
+        """Returns the preconditioner of the shortcut. Entries that are not finite become zero."""
         network = self.network
         if not isinstance(network, MaskedNetwork) or network.shortcut is None:
             return None
         return network.shortcut.preconditioner().detach().nan_to_num(0.0, 0.0, 0.0)
 
     def frozen(self, y: Tensor) -> FrozenInverse | None:
-        """Returns the inverse at y with the present weights, if the network has stages."""
+        """Returns the inverse at y with the current weights, if the network has stages."""
         c = self.c
         batch = y.shape[: -self.event_dim]
         if c is not None:
@@ -155,7 +180,7 @@ class NetworkMap(AutoregressiveMap):
             return None
         outputs = sum(prod(shape) for shape in self.shapes)
         if stages.linears[-1].out_features != self.features.numel() * outputs:
-            return None  # the evaluation of the network raises an error that says so
+            return None  # a wrong size: evaluating the network raises the error
         if c is not None:
             y = y.expand(*batch, *self.features)
             c = c.to(y.dtype)
@@ -166,7 +191,7 @@ class NetworkMap(AutoregressiveMap):
 
 
 class FrozenInverse:
-    r"""The inverse of an autoregressive map at y, with the present weights and without a graph.
+    r"""The inverse of an autoregressive map at y, with the current weights and without a graph.
 
     Args:
         stages: The stages of the network.
@@ -194,12 +219,12 @@ class FrozenInverse:
 
     @property
     def is_sequential(self) -> bool:
-        """Whether forward substitution takes less time than passes through the whole network."""
+        """Whether forward substitution is expected to be faster than passes through the network."""
         least = _LEAST * len(self.stages.stages)
         return self.y.device.type == "cpu" and self.rows >= max(2 * _LEAST, min(least, _ENOUGH))
 
     def step(self, x: Tensor) -> Tensor:
-        r"""Takes a pass :math:`x \leftarrow \tau^{-1}(y; h(x))`."""
+        r"""Does one pass :math:`x \leftarrow \tau^{-1}(y; h(x))`."""
         if self._whole is None:
             self._whole = WholeEvaluation(self.stages, self.c)
         h = self._whole(x.reshape(self.rows, -1)).view(*self.targets.shape, -1)
@@ -223,7 +248,7 @@ class FrozenInverse:
 
 
 def name_of(function: Any) -> str:
-    """Returns the name of a function or class, with the numbers that partials bind."""
+    """Returns the name of a function or class, with the numbers that are bound to a partial."""
     if not isinstance(function, partial):
         return getattr(function, "__qualname__", type(function).__name__)
     bound = {k: v for k, v in function.keywords.items() if isinstance(v, int | float)}
@@ -239,5 +264,5 @@ def splitter(shapes: Sequence[Sequence[int]]) -> Callable[[Tensor], Sequence[Ten
 
 
 def _only(h: Tensor) -> Sequence[Tensor]:
-    """Does what torch.unbind does to a dimension of one, and has a gradient that copies nothing."""
+    """Does the same as torch.unbind for a dimension of size 1; its gradient needs no copy."""
     return (h.squeeze(-1),)

@@ -1,4 +1,4 @@
-"""What the transforms share: checks of their input, and a small cache."""
+"""The base class of the transforms: it checks inputs and holds a cache of one pair."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def event_dim(t: Transform) -> int:
 
 
 def call_and_ladj(t: Transform, x: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
-    """Returns value and log-determinant, that of events with so many dimensions.
+    """Returns the value and the log-determinant of events with ``event_dim`` dimensions.
 
-    The transforms of this package do so without checks.
+    For the transforms of this package, the input is not checked.
     """
     if isinstance(t, Bijection):
         y, ladj = t._call_and_ladj(x)
@@ -41,35 +41,35 @@ def call_and_ladj(t: Transform, x: Tensor, event_dim: int) -> tuple[Tensor, Tens
 
 
 def inverse(t: Transform, y: Tensor) -> Tensor:
-    """Returns the inverse, without checks if the transform is one of this package."""
+    """Returns the inverse. For the transforms of this package, the input is not checked."""
     return t._inverse(y) if isinstance(t, Bijection) else t.inv(y)
 
 
 class _Pair(NamedTuple):
-    """What the cache keeps. Threads may share it, so it is read and replaced as a whole."""
+    """The cached pair. It is read and replaced as a whole, because threads may share it."""
 
     x: Tensor
     y: Tensor
     ladj: Tensor | None
-    returned: tuple[Tensor, ...]  # x, y or both: what the transform has returned
+    returned: tuple[Tensor, ...]  # those of x and y that the transform has returned
     state: tuple[Any, ...]
 
 
 class Bijection(Transform):
     """A bijective transform of real tensors.
 
-    With ``cache_size=1``, the latest pair (x, y) is kept with its log-determinant, as in Pyro's
-    flows, so that a guide scores its own samples at no cost. The pair is used only for a tensor
-    that this transform has returned, in the same modes (gradients, inference, autocast, training),
-    and while neither the pair nor the parameters have changed. Like autograd, the cache does not
-    notice changes through ``.data``.
+    With ``cache_size=1``, the transform keeps the latest pair (x, y) and its log-determinant, as
+    Pyro's flows do, so that a guide scores its own samples without further computation. The pair is
+    used only for a tensor that this transform has returned, in the same modes (gradients,
+    inference, autocast, training), and only as long as neither the pair nor the parameters have
+    changed. Like autograd, the cache does not notice changes through ``.data``.
     """
 
     bijective = True
-    sign: ClassVar[int] = +1  # of every slope, and so of the determinant
+    sign: ClassVar[int] = +1  # all slopes are positive, and so is the determinant
     batch_shape = Size()
     _event_dim = 0
-    _event_shape: Size | None = None  # if it is known
+    _event_shape: Size | None = None  # None if it is not known
     _cached: _Pair | None = None
     _state: State | None = None
 
@@ -81,7 +81,20 @@ class Bijection(Transform):
     codomain = domain
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Returns both the transformed value and the log absolute determinant of the Jacobian."""
+        r"""Returns both the transformed value and the log absolute determinant of the Jacobian.
+
+        Args:
+            x: The values, with shape :math:`(*, \text{event})`.
+
+        Returns:
+            The transformed values, with the shape that x and the parameters broadcast to, and the
+            log-determinants, which have that shape without the event dimensions.
+
+        Raises:
+            TypeError: If x is not a floating-point tensor, or has another dtype than parameters.
+            ValueError: If x has the wrong shape, or NaN or infinite values while Pyro's validation
+                is on.
+        """
         return self._call_and_ladj(self._checked("x", x))
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +104,9 @@ class Bijection(Transform):
         return self._call_and_ladj(x)[0]
 
     def _checked(self, name: str, x: Any) -> Tensor:
-        """Checks an input, and lifts half precision to float32.
+        """Checks an input, and converts half precision to float32.
 
-        The methods whose names have an underscore rely on it.
+        The private methods assume that their input has been checked.
         """
         check.tensor(name, x)
         if self._event_shape is not None:
@@ -105,7 +118,7 @@ class Bijection(Transform):
         return at_least_float32(x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Computes the transform, and keeps it if there is a cache."""
+        """Computes the transform, and stores the pair if there is a cache."""
         pair = self._known(x)
         if pair is not None and pair.x is x:
             self._cached = pair._replace(returned=(x, pair.y))
@@ -127,7 +140,10 @@ class Bijection(Transform):
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the log absolute determinant of the Jacobian at x; y is a key of the cache."""
+        """Returns the log absolute determinant of the Jacobian at x.
+
+        If y is the cached output for x, the cached value is returned.
+        """
         pair = self._known(x, y)
         if pair is not None and pair.x is x and pair.y is y and pair.ladj is not None:
             return pair.ladj
@@ -141,6 +157,10 @@ class Bijection(Transform):
 
         As with zuko's transforms, it does not depend on the batch shape of the parameters, unless
         the transform has a ``batch_shape``.
+
+        Raises:
+            TypeError: If ``shape`` is not a sequence of integers.
+            ValueError: If it has too few dimensions, or does not broadcast with ``batch_shape``.
         """
         shape = check.shape("shape", shape)
         cut = len(shape) - self.domain.event_dim
@@ -157,12 +177,12 @@ class Bijection(Transform):
     @property
     def inv(self) -> Transform:
         """The inverse transform, with ``t.inv.inv is t``."""
-        # A new object each time: if it were kept, the two would refer to each other, and the graph
-        # of the cached pair would stay in memory until the next garbage collection.
+        # A new object each time. If it were stored, the two would form a reference cycle, and the
+        # graph of the cached pair would stay in memory until the next garbage collection.
         return InverseTransform(self)
 
     def with_cache(self, cache_size: int = 1) -> Transform:
-        """Returns the same transform, parameters shared, with another cache."""
+        """Returns a transform with the same parameters and another cache size (0 or 1)."""
         check.choice("cache_size", cache_size, (0, 1))
         if self._cache_size == cache_size:
             return self
@@ -171,12 +191,12 @@ class Bijection(Transform):
         return new
 
     def clear_cache(self) -> None:
-        """Forgets the cached pair."""
+        """Removes the cached pair."""
         self._cached = None
 
     def _known(self, *tensors: Tensor) -> _Pair | None:
-        """Returns the cached pair, if the transform returned one of these, and would again."""
-        # This comes first, because what the compiler sees becomes a guard of the compiled function.
+        """Returns the cached pair, if the transform returned one of the tensors and it is valid."""
+        # This comes first, because whatever the compiler reads becomes a guard.
         if self._cache_size == 0 or torch.compiler.is_compiling():
             return None
         pair = self._cached
@@ -187,13 +207,13 @@ class Bijection(Transform):
     def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | None, returned: Tensor) -> None:
         if self._cache_size == 1 and is_concrete(x, y):
             state = self._state_with(x, y)
-            if None in state:  # perhaps because there is another module now
+            if None in state:  # a module may have been replaced
                 self._state = None
                 state = self._state_with(x, y)
             self._cached = None if None in state else _Pair(x, y, ladj, (returned,), state)
 
     def _state_with(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
-        """Returns what changes whenever a pair (x, y) may no longer be what it would be now."""
+        """Returns a value that differs whenever a cached pair (x, y) may be out of date."""
         root = vars(self)
         if self._state is None:
             skip = ("_cached", "_state", "_inv")
@@ -201,5 +221,6 @@ class Bijection(Transform):
         return *modes(x), *versions(x, y), self._state.versions(root)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither copies nor pickles carry the cache: tensors with a graph can be neither.
+        # Copies and pickles have no cached pair: tensors with a graph can be neither copied nor
+        # pickled.
         return {**self.__dict__, "_inv": None, "_cached": None, "_state": None}

@@ -1,4 +1,4 @@
-"""Names that the docstrings' examples use."""
+"""The names that the examples in docstrings use."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec

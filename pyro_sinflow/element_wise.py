@@ -21,7 +21,7 @@ class SinusoidalChain(Bijection):
     Args:
         parameters: The unconstrained parameters, with shape :math:`(*, M, 3K + 2)`, or without
             shifts :math:`(*, M, 3K + 1)`: frequencies, phases, weights, residual weight and shift
-            of each sinusoid. They come from modules, and are not checked.
+            of each sinusoid. They come from modules and are not checked.
         min_slope: The smallest slope of each sinusoid.
         solver: How the inverse is computed.
     """
@@ -92,7 +92,7 @@ class Affine(Bijection):
 
     def _log_scale(self) -> Tensor:
         u = self.scale if self.rate == 1.0 else self.rate * self.scale
-        # 'alpha' costs nothing, where a product with a number costs more than one with a tensor.
+        # 'alpha' adds no overhead. A product with a Python number is slower than with a tensor.
         return u / torch.add(u.new_ones(()), u.abs(), alpha=1 / math.log(self.max_scale))
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,8 +112,8 @@ class SinusoidalTransform(SinusoidalChain):
     with :math:`a = \text{softplus}(\text{frequency})`,
     :math:`w = \text{softmax}(\text{weight})` and
     :math:`\alpha = (1 - \epsilon) \tanh(\text{residual})`. Its slope lies in
-    :math:`[1 - |\alpha|, 1 + |\alpha|]` and :math:`f(0) = d`. At ``residual = 0`` it is a shift.
-    The tails keep their scale: :math:`|f(x) - x - d| \leq |\alpha| \sum_k w_k / a_k`.
+    :math:`[1 - |\alpha|, 1 + |\alpha|]` and :math:`f(0) = d`. With ``residual = 0`` it is a shift.
+    The scale of the tails is kept: :math:`|f(x) - x - d| \leq |\alpha| \sum_k w_k / a_k`.
 
     References:
         | Sinusoidal Flow: A Fast Invertible Autoregressive Flow (Wei, 2021), Eq. 12, 13 and 15
@@ -125,14 +125,16 @@ class SinusoidalTransform(SinusoidalChain):
         weight: The unconstrained weights, with shape :math:`(*, K)`.
         residual: The unconstrained residual weight, with shape :math:`(*)`.
         shift: The shift :math:`d`, with shape :math:`(*)`.
-        min_slope: The smallest slope :math:`\epsilon`, in :math:`(0, 1)`. If it is less than 16
-            times the machine epsilon, it is raised to that.
+        min_slope: The smallest slope :math:`\epsilon`, in :math:`(0, 1)`. Values below 16 times the
+            machine epsilon are raised to that.
         solver: How the inverse is computed.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
 
     Raises:
-        TypeError: If an argument is not a floating-point tensor, or dtypes differ.
-        ValueError: If shapes do not broadcast, or a tensor has NaN or infinite values.
+        TypeError: If a parameter is not a floating-point tensor, dtypes differ, ``min_slope`` is
+            not a number, or ``solver`` is not a :class:`Solver`.
+        ValueError: If shapes do not broadcast, there are no components, a tensor has NaN or
+            infinite values, or ``min_slope`` or ``cache_size`` is out of range.
 
     Example:
         >>> t = SinusoidalTransform(*torch.randn(3, 2, 4), torch.randn(2), torch.randn(2))

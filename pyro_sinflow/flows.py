@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from .transforms import Composition, TriangularTransform
 
 
 class _LazyComposition(LazyComposedTransform):
-    """Composes lazy transforms to one that checks its input once."""
+    """Composes lazy transforms to a transform that checks its input once."""
 
     def forward(self, c: Tensor | None = None) -> Composition:
         """Returns the composition, given a context."""
@@ -46,13 +45,13 @@ class _LazyComposition(LazyComposedTransform):
 class SinusoidalFlow(Flow):
     r"""Creates a Sinusoidal Flow.
 
-    Scoring is explicit, sampling takes a few passes through each network. After the blocks, towards
-    the noise, comes an element-wise affine map, because sinusoids leave the scale of the tails as
-    it is.
+    The density of given features is computed in one pass; sampling takes a few passes through each
+    network. The last transformation, next to the noise, is an element-wise affine map, because
+    sinusoids do not change the scale of the tails.
 
     Warning:
-        It is recommended to standardize features (zero mean, unit variance) before training: the
-        frequencies start with periods that suit such data.
+        It is recommended to standardize features (zero mean, unit variance) before training. The
+        initial frequencies are chosen for such data.
 
     References:
         | Sinusoidal Flow: A Fast Invertible Autoregressive Flow (Wei, 2021)
@@ -63,42 +62,45 @@ class SinusoidalFlow(Flow):
         context: The number of context features.
         transforms: The number of transformations.
         randperm: Whether each transformation has a random order of the features. If :py:`False`,
-            the order is ascending; for the autoregressive conditioner, descending every other time.
+            the order is ascending; for the autoregressive conditioner it alternates between
+            ascending and descending.
         conditioner: ``"independent"`` for LDU blocks, whose sinusoids do not depend on the
-            features; ``"autoregressive"`` for the paper's Eq. 11 in full, where all parameters of
-            an affine map and of a chain of sinusoids come from a masked network.
+            features; ``"autoregressive"`` for the paper's Eq. 11, where a masked network computes
+            all parameters of an affine map and a chain of sinusoids.
         adjacency: Which features and context features each feature depends on, instead of an order:
-            the matrix that :class:`pyro_sinflow.MaskedNetwork` takes, an option of the
+            the matrix that :class:`pyro_sinflow.MaskedNetwork` takes. It is an option of the
             autoregressive conditioner. All transformations share it, as in zuko's MAF: with one of
-            them, feature i depends on its parents; with several, on the ancestors too that as many
+            them, a feature depends on its parents; with several, also on the ancestors that as many
             steps reach.
-        scale: Whether LDU blocks scale features besides shifting them. The block of the paper is
-            ``scale=False``. The affine map of the autoregressive conditioner always does.
-        max_scale: The largest factor, greater than 1, by which each of the affine maps whose scale
-            depends on other features stretches a feature; one over it is the smallest. Larger ones
-            gain little density, and send the odd sample far out into the tails.
+        scale: Whether LDU blocks scale features in addition to shifting them. The block of the
+            paper is ``scale=False``. The autoregressive conditioner always scales.
+        max_scale: The largest factor, greater than 1, of each affine map that depends on other
+            features. The smallest is its reciprocal. Larger bounds improve densities little, and
+            a few samples may then lie far out in the tails.
         sinusoids: The number of sinusoids in a chain. If :py:`None`, 4 for the independent
             conditioner and 2 for the autoregressive one.
         components: The number of components K of each sinusoid.
-        context_diagonal: Whether the context moves the parameters of the sinusoids of LDU blocks.
+        context_diagonal: Whether the sinusoids of LDU blocks depend on the context.
         min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
-        network: The constructor of the networks: :class:`pyro_sinflow.MaskedNetwork`, or what else
-            takes its options and, for the autoregressive conditioner, has its method ``set_bias``.
-        shortcut: How many times faster than other weights a linear map from features to shifts
-            learns, which stands beside each network. If :py:`None`, 1 for masked networks, and no
-            such map for others. Where rows are many, 8 gains more.
+        network: The constructor of the networks, with the arguments of
+            :class:`pyro_sinflow.MaskedNetwork`. For the autoregressive conditioner, the network
+            needs a method ``set_bias``.
+        shortcut: The learning-rate factor of a linear map from features to shifts that is added to
+            each network. If :py:`None`, 1 for masked networks, and no such map for others. With
+            many rows of data, 8 is often better.
         hidden_features: The numbers of hidden features of each network.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
         residual: Whether the masked networks use residual blocks.
-        dropout: The probability that a hidden unit is dropped in training. Sampling needs
-            ``.eval()`` then.
+        dropout: The probability, in :math:`[0, 1)`, that a hidden unit is dropped in training. Call
+            ``.eval()`` before sampling.
         solver: How the inverse is computed.
 
     Raises:
-        TypeError: If an argument has the wrong type, or an option does not suit the conditioner.
-        ValueError: If a size is not positive, a number out of range, ``activation`` mixes units,
-            ``adjacency`` is not what :class:`pyro_sinflow.MaskedNetwork` takes, or is given with
-            ``randperm``.
+        TypeError: If an argument has the wrong type, or an option does not apply to the
+            conditioner.
+        ValueError: If a size is not positive, a number is out of range, ``conditioner`` is unknown,
+            ``activation`` is not element-wise, or ``adjacency`` is not what
+            :class:`pyro_sinflow.MaskedNetwork` takes or is given with ``randperm``.
 
     Example:
         >>> flow = SinusoidalFlow(3, context=4, transforms=2)
@@ -144,7 +146,7 @@ class SinusoidalFlow(Flow):
             seen = _context_seen(adjacency, shape, context, independent, randperm)
         if not independent and (not scale or context_diagonal):
             name = "context_diagonal" if scale else "scale"
-            raise TypeError(f"'{name}' is an option of the independent conditioner alone.")
+            raise TypeError(f"'{name}' is an option of the independent conditioner only.")
         if shortcut is None and network is MaskedNetwork:
             shortcut = 1.0
         options: dict[str, Any] = {
@@ -230,9 +232,9 @@ def _autoregressive(
     solver: Solver,
     **options: Any,
 ) -> LazyTriangular:
-    """Creates a lazy triangular transform of affine maps and sinusoids, conditioned in full.
+    """Creates a lazy triangular transform of affine maps and sinusoids.
 
-    The arguments are those of :class:`SinusoidalFlow`, and options of the network, its order or
+    The arguments are those of :class:`SinusoidalFlow` and the options of the network, its order or
     adjacency among them.
     """
     check.size("sinusoids", sinusoids)
@@ -261,9 +263,9 @@ def _autoregressive(
 
 
 def _applies_alike(univariate: Any) -> bool:
-    """Whether a constructor treats all features alike, so that it can be applied to some of them.
+    """Whether a constructor treats all features alike, so that it can be applied to a subset.
 
-    Tensors that are bound to it may have an entry for each feature.
+    It may not if tensors are bound to it, as they may have an entry for each feature.
     """
     while isinstance(univariate, partial):
         values = (*univariate.args, *univariate.keywords.values())
@@ -274,23 +276,25 @@ def _applies_alike(univariate: Any) -> bool:
 
 
 def _lowered(function: Callable[[Tensor], Transform], network: nn.Module, x: Tensor) -> Transform:
-    """Evaluates a conditioner in half precision, if the weights of its network are."""
+    """Evaluates a conditioner in half precision, if its network has weights of that precision."""
     dtype = weight_dtype(network)
     return function(x.to(dtype) if dtype.itemsize < 4 else x)
 
 
 class FastInverse(Lazy):
-    r"""Wraps one of zuko's autoregressive transformations, to invert it in fewer passes.
+    r"""Wraps an autoregressive transformation of zuko, so that its inverse takes fewer passes.
 
     See Also:
         :class:`pyro_sinflow.TriangularTransform`
 
     Args:
-        transform: A lazy autoregressive transformation, whose weights are shared.
+        transform: A lazy autoregressive transformation. Its weights are shared.
         solver: How the inverse is computed.
 
     Raises:
-        TypeError: If the transformation is not autoregressive.
+        TypeError: If ``transform`` is not a
+            :class:`zuko.flows.autoregressive.MaskedAutoregressiveTransform`, or ``solver`` is not a
+            :class:`Solver`.
 
     Example:
         >>> t = FastInverse(zuko.flows.MaskedAutoregressiveTransform(8))
@@ -309,11 +313,12 @@ class FastInverse(Lazy):
         """Returns the transformation, given a context."""
         lazy = self.transform
         t = check.instance("transform(c)", lazy(c), AutoregressiveTransform)
-        # Whether the transformation evaluates the network as zuko's own does.
+        # Whether the transformation evaluates the network in the way of zuko's class.
         call: Any = t.meta
         standard = (
             isinstance(call, partial)
-            and call.func == MethodType(MaskedAutoregressiveTransform.meta, lazy)
+            and getattr(call.func, "__func__", None) is MaskedAutoregressiveTransform.meta
+            and getattr(call.func, "__self__", None) is lazy
             and call.args[0] is c
         )
         function = NetworkMap(
@@ -330,20 +335,21 @@ class FastInverse(Lazy):
 
 
 def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
-    """Gives the autoregressive transformations of a flow the fast inverse.
+    """Returns a flow whose autoregressive transformations have a fast inverse.
 
     Args:
-        flow: One of zuko's flows, or of the same make: MAF, NSF, NAF, ...
+        flow: A flow of zuko, such as MAF, NSF or NAF, or one that is composed of their parts.
         solver: How the inverses are computed.
 
     Returns:
-        A flow that shares all weights with the given one, and has the same density.
+        A flow that shares all weights with the given flow and has the same density.
 
     Raises:
-        TypeError: If ``flow`` is not a flow.
+        TypeError: If ``flow`` is not a :class:`zuko.lazy.Flow`, or ``solver`` is not a
+            :class:`Solver`.
 
     Warns:
-        UserWarning: If the flow has no transformation to give it to.
+        UserWarning: If the flow has no autoregressive transformation.
 
     Example:
         >>> nsf = zuko.flows.NSF(8)
@@ -370,8 +376,8 @@ def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
     fast = Flow(convert(flow.transform), flow.base)
     if not found:
         warnings.warn(
-            f"{type(flow).__name__} has no MaskedAutoregressiveTransform to give the fast inverse: "
-            "the flow is returned as it is.",
+            f"{type(flow).__name__} has no MaskedAutoregressiveTransform, so its inverse stays the "
+            "same.",
             stacklevel=2,
         )
     return fast

@@ -21,10 +21,10 @@ from .lazy import ConditionalLDU
 from .networks import MaskedNetwork
 from .transforms import Composition
 
-_FASTER = 10  # how many times faster than other weights location and log-scales learn
+_FASTER = 10  # the factor of location and log-scales, which thus learn so many times faster
 _DRAWS = 10_000  # for medians and quantiles
 
-# Pyro's own default takes the median of 15 samples, which is far off for wide priors.
+# Pyro's default takes the median of 15 samples, which is inaccurate for wide priors.
 _init_to_median = init_to_median(num_samples=1000)
 
 
@@ -33,33 +33,32 @@ class AutoLDU(AutoContinuous):
 
     .. math:: z = \mu + A (f_n \circ \dots \circ f_1)(x) \quad x \sim \mathcal{N}(0, I)
 
-    z are the latent variables, unconstrained and joined, A is a lower triangular matrix, and
-    :math:`f_i` are LDU blocks that start as the identity: at first, the guide is that of
-    :class:`~pyro.infer.autoguide.AutoDiagonalNormal`. It follows posteriors that are skewed,
-    curved or funnels, and evaluates its own samples in one pass, like
-    :class:`~pyro.infer.autoguide.AutoIAFNormal`. Where a posterior is close to normal, as those of
-    regressions with many observations are,
-    :class:`~pyro.infer.autoguide.AutoMultivariateNormal` is enough.
+    z is the vector of all latent variables in unconstrained space, A is a lower triangular matrix,
+    and :math:`f_i` are LDU blocks that start as the identity. The guide therefore starts as
+    :class:`~pyro.infer.autoguide.AutoDiagonalNormal`. It can fit skewed, curved and funnel-shaped
+    posteriors, and scores its own samples in one pass, like
+    :class:`~pyro.infer.autoguide.AutoIAFNormal`. If the posterior is close to normal, as in a
+    regression with many observations, :class:`~pyro.infer.autoguide.AutoMultivariateNormal` is
+    enough.
 
-    Location and log-scales move by ten times the learning rate of the optimiser, if it is one that
-    moves each parameter by about the learning rate, such as Adam. A rate that falls from 0.01 suits
-    most models; 0.1 is too large.
+    Optimisers such as Adam move each parameter by about the learning rate. Location and log-scales
+    are parametrized so that they move by ten times as much. A learning rate that decays from 0.01
+    works for most models; 0.1 is too large.
 
-    Medians and quantiles are those of unconstrained samples, transformed to the support. They vary
-    from call to call.
+    Medians and quantiles are estimated from samples in unconstrained space and then transformed to
+    the support. They vary between calls.
 
     See Also:
         :class:`pyro_sinflow.LDU`
 
     Args:
         model: A model whose latent variables are continuous.
-        init_loc_fn: The initial values of the latent variables, and so the initial location: one of
-            Pyro's initialization functions. The default is ``init_to_median(num_samples=1000)``,
-            the median of samples of the prior where that is defined.
+        init_loc_fn: The initial location: one of Pyro's initialization functions. The default is
+            ``init_to_median(num_samples=1000)``, the median of samples from the prior.
         init_scale: The initial scale of each unconstrained latent variable.
         blocks: The number of LDU blocks.
-        sinusoids, ..., activation: The options of :class:`pyro_sinflow.LDU`. Scales have a larger
-            bound, and a shortcut is the default.
+        sinusoids, ..., activation: The options of :class:`pyro_sinflow.LDU`, with other defaults
+            for ``max_scale`` and ``shortcut``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -105,7 +104,7 @@ class AutoLDU(AutoContinuous):
             "hidden_features": hidden_features,
             "activation": activation,
         }
-        ConditionalLDU(2, **self._options)  # raises errors before the model is run
+        ConditionalLDU(2, **self._options)  # checks the options before the model is run
         super().__init__(model, init_loc_fn=init_loc_fn)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -115,7 +114,7 @@ class AutoLDU(AutoContinuous):
         for block in blocks:
             _start_as_identity(block)
         self.blocks = nn.ModuleList(blocks).to(loc)
-        # Values that Pyro's store has already, perhaps from a file, replace these.
+        # Values that are already in Pyro's store, for example loaded from a file, replace these.
         self._check_store()
         pyro.module(self._pyro_get_fullname("blocks"), self.blocks, update_module_params=True)
         # Rows: the location, the log-scales, and the entries below the diagonal.
@@ -125,7 +124,7 @@ class AutoLDU(AutoContinuous):
         self.affine = nn.Parameter(affine)
 
     def _check_store(self) -> None:
-        """Requires that the parameters in Pyro's store, if there are any, fit this guide."""
+        """Requires that the parameters in Pyro's store have the shapes of this guide."""
         store, blocks = pyro.get_param_store(), self._pyro_get_fullname("blocks")
         shapes = {f"{blocks}$$${n}": p.shape for n, p in self.blocks.named_parameters()}
         shapes[self._pyro_get_fullname("affine")] = Size((self.latent_dim + 2, self.latent_dim))
@@ -133,7 +132,7 @@ class AutoLDU(AutoContinuous):
             if name in store and store[name].shape != shape:
                 raise ValueError(
                     f"Pyro's parameter store has '{name}' of shape {tuple(store[name].shape)}, "
-                    f"this guide has {tuple(shape)}. If it is that of another guide, call "
+                    f"this guide has {tuple(shape)}. If it belongs to another guide, call "
                     "'pyro.clear_param_store()' first."
                 )
 
@@ -144,7 +143,9 @@ class AutoLDU(AutoContinuous):
             RuntimeError: If the guide has not been called yet.
         """
         if self.prototype_trace is None:
-            raise RuntimeError("AutoLDU knows its latent variables after the first call: call it.")
+            raise RuntimeError(
+                "AutoLDU finds its latent variables in the first call: call the guide first."
+            )
         return self.affine
 
     def get_base_dist(self) -> dist.TorchDistribution:
@@ -154,7 +155,7 @@ class AutoLDU(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Returns the transformation from noise to latent variables, with a cache."""
-        fast, below = self._parameter().tensor_split((2,))
+        fast, below = at_least_float32(self._parameter()).tensor_split((2,))
         loc, log_scale = (_FASTER * fast).unbind()
         scale = log_scale.exp()
         affine = _Affine(loc, scale.diag() + scale * below.tril(-1))
@@ -163,7 +164,7 @@ class AutoLDU(AutoContinuous):
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Returns the median of each latent variable, as :meth:`quantiles` does."""
+        """Returns the median of each latent variable, estimated as in :meth:`quantiles`."""
         quantiles = self.quantiles([0.5], *args, **kwargs)
         return {name: value[0] for name, value in quantiles.items()}
 
@@ -171,7 +172,7 @@ class AutoLDU(AutoContinuous):
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Returns quantiles of each latent variable: those of samples, before the constraint.
+        """Returns quantiles of each latent variable, estimated from samples.
 
         Args:
             quantiles: The quantiles, between 0 and 1.
@@ -196,7 +197,7 @@ class AutoLDU(AutoContinuous):
 
 
 class _Affine(LowerCholeskyAffine):
-    """The affine map, by one matrix product for all samples, where Pyro's takes one for each."""
+    """Pyro's affine map, with one matrix product for all samples instead of one for each."""
 
     def _call(self, x: Tensor) -> Tensor:
         return self.loc + x @ self.scale_tril.mT

@@ -1,12 +1,13 @@
 r"""The inverse of autoregressive maps, and its derivatives.
 
-The root x of f(x) = y is found without a graph. Then f is evaluated once more with one, and
+The root x of f(x) = y is found without a graph. Then f is evaluated once more with a graph, and the
+derivatives are those of
 
 .. math:: x - J^{-1} (f(x) - y)
 
-whose value is x, carries the derivatives. J is the Jacobian of f at the root, held constant. The
-gradient reaches whatever f depends on, and memory does not depend on the number of passes. One such
-step has the right first derivative, and n steps in a row have n right derivatives.
+whose value is x. J is the Jacobian of f at the root and is held constant. Gradients reach
+everything that f depends on, and memory does not depend on the number of passes. One such step has
+the correct first derivative; n steps in a row have n correct derivatives.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ def invert(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
     Args:
         function: The map.
         y: The values to invert.
-        solver: Method, tolerance, number of iterations, and how often to differentiate.
+        solver: Method, tolerance, number of iterations, and number of derivatives.
 
     Returns:
         The root x, with the shape that y and the map broadcast to.
 
     Raises:
-        InversionError: If the map turns out not to be triangular, or not deterministic, or every
-            event leaves the range of the dtype.
+        InversionError: If the map is not triangular or not deterministic, or if every event leaves
+            the range of the dtype.
 
     Warns:
-        InversionWarning: If some events leave it, or the tolerance is missed because
-            ``solver.max_iter`` is small.
+        InversionWarning: If some events leave the range of the dtype, or if the tolerance is missed
+            because ``solver.max_iter`` is small.
     """
     if not can_branch_on(y):
         return _recorded_passes(function, y, solver)
     finite = None
-    if not is_validation_enabled():  # y is unchecked: keep its NaN from the rest of the batch
+    if not is_validation_enabled():  # y was not checked: a NaN must not affect other events
         finite = finite_events(y, function.event_dim)
         y = y.where(finite, 0.0)
     frozen = function.frozen(y.detach())
@@ -59,7 +60,7 @@ def invert(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
 
 
 def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
-    """Takes as many passes as are always enough, which torch transforms as it likes."""
+    """Runs the number of passes that is always enough, in operations that torch can transform."""
     features = prod(y.shape[y.ndim - function.event_dim :])
     limit = min(features, function.passes or features, solver.max_iter or features)
     x = torch.zeros_like(y)
@@ -70,7 +71,7 @@ def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> 
     record("triangular", limit, y.numel())
     if not features:
         return x
-    return new.where(finite_events(new, function.event_dim), torch.nan)  # what cannot be reported
+    return new.where(finite_events(new, function.event_dim), torch.nan)  # without an error
 
 
 def _root(
@@ -99,7 +100,7 @@ def _root(
 
 
 class _Detached(Function):
-    """Two copies of a tensor that pass no gradient on, to differentiate by each of them."""
+    """Returns two copies of a tensor, to differentiate by each of them; they pass no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,7 @@ class _Jacobian:
         leaf = x.detach().requires_grad_()
         self.function = function
         self.trusted = trusted
-        # The diagonal is the derivative by the argument of tau, the rest by the conditioner's.
+        # The derivative by the input of tau is the diagonal; that by the conditioner's, the rest.
         self.own, self.others = _Detached.apply(leaf)
         self.value = function(self.others)(self.own)
         self.is_constant = not depends_on_more(self.value, [leaf])
@@ -125,13 +126,13 @@ class _Jacobian:
         self._linear: tuple[Tensor, Tensor] | None = None
 
     def _product(self, v: Tensor, transposed: bool) -> Tensor:
-        """Returns the product with the Jacobian, or its transpose, but for the diagonal."""
+        """Returns the product with the Jacobian without its diagonal, or with its transpose."""
         if transposed:
             (product,) = torch.autograd.grad(
                 self.value, self.others, v, retain_graph=True, materialize_grads=True
             )
             return product
-        if self._linear is None:  # v -> J^T v, whose transpose is that of J
+        if self._linear is None:  # the map v -> J^T v; its transpose is v -> J v
             with torch.enable_grad():
                 z = torch.zeros_like(self.value).requires_grad_()
                 (vjp,) = torch.autograd.grad(
@@ -164,8 +165,8 @@ class _Jacobian:
         matrix = self.function.preconditioner()
         if matrix is not None and transposed:
             matrix = matrix.mT
-        # Tolerances are relative to 1, but gradients may be small: each event is solved in units of
-        # the largest number of its first guess. Where that is zero or not finite, so is v.
+        # Tolerances are relative to 1, but gradients may be small. Each event is therefore scaled
+        # by the largest element of its first guess. Where that is zero or not finite, so is v.
         unit = start.abs().flatten(b.ndim - event_dim).amax(dim=-1)[(...,) + event_dim * (None,)]
         b = (b / unit).nan_to_num(0.0)
         # Gradients are solved to round-off, whatever the tolerance of the values.
@@ -175,7 +176,7 @@ class _Jacobian:
             event_dim,
             Solver(),
             "adjoint",
-            max(self._features(b) - 1, 1),  # the start is as good as a pass
+            max(self._features(b) - 1, 1),  # the start counts as a pass
             matrix,
             self.trusted,
         )
@@ -183,7 +184,7 @@ class _Jacobian:
 
 
 class _Solve(Function):
-    """A linear system with a constant Jacobian, as a function of its right-hand side."""
+    """Solves a linear system with a constant Jacobian; differentiable in its right-hand side."""
 
     @staticmethod
     def forward(ctx: Any, b: Tensor, jacobian: _Jacobian, transposed: bool) -> Tensor:
@@ -196,9 +197,9 @@ class _Solve(Function):
 
 
 class _Count(Function):
-    """The identity, which can be differentiated so many times.
+    """The identity, which can be differentiated a limited number of times.
 
-    Its derivatives depend on the root, so that each further derivative passes through it.
+    Its derivatives depend on the root, so that each further derivative is counted.
     """
 
     @staticmethod
@@ -212,20 +213,20 @@ class _Count(Function):
         if ctx.times == 0:
             raise RuntimeError(
                 "The inverse of a triangular map is differentiated more often than "
-                "'Solver(derivatives=...)' allows: raise it, or take the explicit direction."
+                "'Solver(derivatives=...)' allows: increase it, or use the explicit direction."
             )
         (x,) = ctx.saved_tensors
         left = ctx.times - 1
-        # The derivative by x is zero, and counted as well: g may be a constant.
+        # The derivative by x is zero, but it is counted too, because g may be a constant.
         zero = _Count.apply(torch.zeros_like(x), x, left) if torch.is_grad_enabled() else None
         return _Count.apply(g, x, left), zero, None
 
 
 class _Step(Function):
-    """x - J^{-1} (f(x) - y), whose value is x.
+    """Computes x - J^{-1} (f(x) - y), whose value is x.
 
-    If the gradient is not differentiated again, it goes to the value of f at the constant root. If
-    it is, it goes to the value of f at the step before.
+    If the gradient is not differentiated again, it is passed to the value of f at the constant
+    root; otherwise, to the value of f at the previous step.
     """
 
     @staticmethod
@@ -263,7 +264,7 @@ class _Step(Function):
 def _attach(
     function: AutoregressiveMap, root: Tensor, y: Tensor, solver: Solver, trusted: bool
 ) -> Tensor:
-    """Gives the root its derivatives, if there are any."""
+    """Attaches the derivatives to the root, if any input requires gradients."""
     jacobian = _Jacobian(function, root, trusted)
     if jacobian.is_constant and not y.requires_grad:
         return root

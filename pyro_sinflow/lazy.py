@@ -24,14 +24,14 @@ from .networks import MaskedNetwork, check_context
 from .solvers import Solver
 from .transforms import LDUTransform, TriangularTransform
 
-_FASTER = 10  # how many times faster than its parameter the log-scale of LazyAffine learns
+_FASTER = 10  # the factor from the parameter of LazyAffine to its log-scale
 
 
 class Lazy(nn.Module):
     """A module that builds a transform, given a context: a :class:`zuko.lazy.LazyTransform`.
 
-    It is registered as one instead of inheriting, because the metaclass of zuko's class would keep
-    Pyro from making a ``PyroModule`` of it.
+    It is registered as a virtual subclass. With zuko's class as a base class, its metaclass would
+    prevent Pyro from converting the module to a ``PyroModule``.
     """
 
     def forward(self, c: Tensor | None = None) -> Transform:
@@ -58,16 +58,18 @@ class LazyTriangular(Lazy):
 
     Args:
         network: A module that maps x, with shape :math:`(*, \text{features})`, and a context, or
-            :py:`None`, to parameters with shape :math:`(*, \text{features}, \text{outputs})`; those
-            of a feature must depend on the features before it alone.
+            :py:`None`, to parameters with shape :math:`(*, \text{features}, \text{outputs})`. The
+            parameters of a feature must depend only on the features before it.
         features: The shape of an event.
-        univariate: The constructor of :math:`\tau`, which treats all features alike.
+        univariate: The constructor of :math:`\tau`. It must treat all features alike.
         shapes: The shapes of the arguments of ``univariate``, for one feature.
         solver: How the inverse is computed.
 
     Raises:
-        TypeError: If ``features`` holds anything but integers.
-        ValueError: If one of them is not positive.
+        TypeError: If ``features`` or ``shapes`` holds anything other than integers, ``univariate``
+            is not callable, or ``solver`` is not a :class:`Solver`.
+        ValueError: If a size is not positive. When the transformation is called: if the network
+            does not return as many outputs for each feature as ``shapes`` needs.
 
     Example:
         >>> network = MaskedNetwork((3,), context=2, outputs=2)
@@ -123,10 +125,10 @@ class LazyTriangular(Lazy):
 
 
 class LazyElementWise(Lazy):
-    """A lazy element-wise transformation with free parameters that a context may move.
+    """A lazy element-wise transformation with free parameters, plus a function of the context.
 
     Args:
-        parameters: What the free parameters start with.
+        parameters: The initial values of the free parameters.
         context: The number of context features.
         hidden_features: The numbers of hidden features of the network that sees the context.
         activation: The activation function constructor of that network.
@@ -157,7 +159,7 @@ class LazyElementWise(Lazy):
         nn.init.zeros_(self.hyper[-1].bias)
 
     def moved(self, c: Tensor | None) -> Tensor:
-        """Returns the parameters, moved by the context."""
+        """Returns the parameters, given a context."""
         parameter = self.parameter
         if c is not None or self.context > 0:
             check_context(c, self.context, parameter.dtype)
@@ -168,10 +170,10 @@ class LazyElementWise(Lazy):
 
 
 class LazyAffine(LazyElementWise):
-    r"""Creates a lazy element-wise affine transformation, the identity at first.
+    r"""Creates a lazy element-wise affine transformation. It starts as the identity.
 
-    Its free log-scale is multiplied by ten. An optimiser such as Adam, which moves each parameter
-    by about the learning rate, would otherwise need many steps to fit the scale of the noise.
+    The free log-scale is a parameter times ten. Otherwise an optimiser that moves each parameter by
+    about the learning rate, such as Adam, would need many steps to fit the scale of the noise.
 
     Args:
         features: The shape of an event.
@@ -202,7 +204,7 @@ class LazyAffine(LazyElementWise):
 
 
 class LazySinusoids(LazyElementWise):
-    r"""Creates a lazy chain of element-wise sinusoids, the identity at first.
+    r"""Creates a lazy chain of element-wise sinusoids. It starts as the identity.
 
     Args:
         features: The shape of an event.
@@ -250,8 +252,8 @@ class LazySinusoids(LazyElementWise):
 def initial_sinusoids(*shape: int, components: int) -> Tensor:
     """Draws the parameters of sinusoids without shifts, with shape ``(*shape, 3K + 1)``.
 
-    Half a period of the slope, pi / (2a), then goes from 0.4 to 3: from a detail to the whole range
-    of standardised data. Weights and residual weights are zero.
+    Half a period of the slope, pi / (2a), is between 0.4 and 3, from small details to the whole
+    range of standardised data. Weights and residual weights are zero.
     """
     frequency = torch.empty(*shape, components).uniform_(math.log(0.5), math.log(4.0)).exp()
     frequency = frequency.expm1().log()  # the inverse of softplus
@@ -264,8 +266,8 @@ class ConditionalLDU(Lazy):
 
     .. math:: f(x | c) = (L \circ D \circ U)(x | c)
 
-    It speaks zuko's protocol, ``block(c)``, and Pyro's, ``block.condition(c)``, which caches. So
-    does ``block.inv``.
+    zuko calls ``block(c)``, and Pyro calls ``block.condition(c)``, which returns a transform with a
+    cache. ``block.inv`` supports both as well.
 
     See Also:
         :class:`pyro_sinflow.LDU` and :class:`pyro_sinflow.LDUTransform`
@@ -273,13 +275,13 @@ class ConditionalLDU(Lazy):
     Args:
         features: The number of features, or their shape.
         context: The number of context features.
-        context_diagonal: Whether the context moves the parameters of D as well.
+        context_diagonal: Whether D depends on the context, too.
         sinusoids, ..., solver: The options of :class:`pyro_sinflow.LDU`.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a size is not positive, ``order`` no permutation, a number out of range, or
-            ``activation`` mixes units.
+        ValueError: If a size is not positive, ``order`` is not a permutation, a number is out of
+            range, or ``activation`` is not element-wise.
 
     Example:
         >>> block = ConditionalLDU(3, context=2)
@@ -359,7 +361,8 @@ class ConditionalLDU(Lazy):
             c: The context, with shape :math:`(*, C)`, or :py:`None` if there is none.
 
         Raises:
-            ValueError: If the context is missing, superfluous, not finite or of the wrong shape.
+            ValueError: If the context is missing, is given to a block without context features, is
+                not finite, or has the wrong shape.
             TypeError: If the context has the wrong dtype.
         """
         check_context(c, self.context, self.diagonal.parameter.dtype)
@@ -371,14 +374,17 @@ class ConditionalLDU(Lazy):
         return self.upper(c), diagonal, self.lower(c)
 
     def condition(self, context: Tensor | None = None) -> Transform:
-        """Returns the block given a context, with a cache, as Pyro's conditional transforms do."""
+        """Returns the block given a context, with a cache, as Pyro's conditional transforms do.
+
+        Args and errors are those of :meth:`forward`.
+        """
         check_context(context, self.context, self.diagonal.parameter.dtype)
         batch_shape = Size() if context is None else context.shape[:-1]
         return LDUTransform(*self.parts(context), batch_shape=batch_shape, cache_size=1)
 
     @property
     def inv(self) -> LazyTransform:
-        """The lazy inverse, which speaks both protocols as well."""
+        """The lazy inverse, for zuko and for Pyro."""
         return ConditionalInverse(self)
 
 

@@ -31,8 +31,9 @@ class Sinusoidal(SinusoidalTransform, TransformModule):
         solver: How the inverse is computed.
 
     Raises:
-        TypeError: If a size is not an integer.
-        ValueError: If a size is not positive.
+        TypeError: If a size is not an integer, ``min_slope`` is not a number, or ``solver`` is not
+            a :class:`Solver`.
+        ValueError: If a size is not positive, or ``min_slope`` is out of range.
 
     Example:
         >>> t = Sinusoidal(3)
@@ -74,12 +75,12 @@ class LDU(LDUTransform, TransformModule):
 
     .. math:: f(x) = (L \circ D \circ U)(x)
 
-    L and U scale and shift each feature by amounts that depend on the features before, or after,
-    it. D is a chain of sinusoids. The block of the paper is ``scale=False``: its L and U shift
-    features only.
+    L scales and shifts each feature by amounts that depend on the features before it, and U by
+    amounts that depend on the features after it. D is a chain of sinusoids. The block of the paper
+    is ``scale=False``: its L and U only shift.
 
-    The explicit direction is ``LDU(D)(x)``. As a guide, which samples first, use it as it is; as a
-    prior or density, which scores first, use ``LDU(D).inv``.
+    The explicit direction is ``LDU(D)(x)``. A guide draws samples first: use the block itself. A
+    prior or a density scores first: use ``LDU(D).inv``.
 
     See Also:
         :class:`pyro_sinflow.LDUTransform`, and :class:`pyro_sinflow.ConditionalLDU` for blocks
@@ -89,27 +90,27 @@ class LDU(LDUTransform, TransformModule):
         features: The number of features, or their shape.
         sinusoids: The number of sinusoids in D ("D-scales" in the paper).
         components: The number of components K of each.
-        scale: Whether L and U scale features, besides shifting them.
-        max_scale: The largest factor by which they do, greater than 1; one over it is the smallest.
+        scale: Whether L and U scale features in addition to shifting them.
+        max_scale: The largest factor of L and U, greater than 1. The smallest is its reciprocal.
         order: The rank of each feature in L; U has the opposite order. If :py:`None`, features are
             in ascending order.
         min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
-        network: The constructor of the networks of L and U, which takes what
-            :class:`pyro_sinflow.MaskedNetwork` takes. :class:`pyro_sinflow.PixelCNN` suits images.
-        shortcut: How many times faster than other weights a linear map from features to shifts
-            learns, which stands beside each network. If :py:`None`, there is none. 1 suits
-            densities that are fitted to data.
+        network: The constructor of the networks of L and U, with the arguments of
+            :class:`pyro_sinflow.MaskedNetwork`. Use :class:`pyro_sinflow.PixelCNN` for images.
+        shortcut: The learning-rate factor, at least 0, of a linear map from features to shifts that
+            is added to each network. If :py:`None`, there is no such map. Use 1 for densities that
+            are fitted to data.
         hidden_features: The numbers of hidden features of each network.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
         residual: Whether the masked networks use residual blocks.
-        dropout: The probability that a hidden unit is dropped in training. The inverse needs
-            ``.eval()`` then, because it evaluates the network several times.
+        dropout: The probability, in :math:`[0, 1)`, that a hidden unit is dropped in training. Call
+            ``.eval()`` before you use the inverse, which evaluates the network several times.
         solver: How the inverse is computed.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a size is not positive, ``order`` no permutation, a number out of range, or
-            ``activation`` mixes units.
+        ValueError: If a size is not positive, ``order`` is not a permutation, a number is out of
+            range, or ``activation`` is not element-wise.
 
     Example:
         >>> t = LDU(3)
@@ -138,7 +139,7 @@ class LDU(LDUTransform, TransformModule):
         dropout: float = 0.0,
         solver: Solver = Solver(),
     ) -> None:
-        # LDUTransform's would keep its transforms, but they are built from parameters each time.
+        # LDUTransform.__init__ would store transforms; here they are built anew from parameters.
         super(Composition, self).__init__(cache_size=1)
 
         self.block = ConditionalLDU(
@@ -163,7 +164,7 @@ class LDU(LDUTransform, TransformModule):
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        """The maps U, D and L, with the parameters that the module has now."""
+        """The maps U, D and L, with the current parameters."""
         return self.block.parts()
 
     def _checked(self, name: str, x: Any) -> Tensor:
@@ -176,15 +177,15 @@ class LDU(LDUTransform, TransformModule):
 
 
 def _check_given(name: str, x: Any, lazy: str) -> None:
-    """Requires an input, where one of zuko's flows would give a context, or None."""
+    """Raises a helpful error if x is None, as it is when a flow of zuko calls the transform."""
     if x is None:
         raise TypeError(
-            f"'{name}' should be a tensor, got NoneType. If this is a part of one of zuko's flows, "
+            f"'{name}' should be a tensor, got NoneType. If this is part of a flow of zuko, "
             f"use {lazy} instead."
         )
 
 
-# The names that Pyro gives such helpers: iterated(3, ldu, features), say.
+# Helpers named as those of Pyro, for example iterated(3, ldu, features).
 ldu = LDU
 sinusoidal = Sinusoidal
 conditional_ldu = ConditionalLDU

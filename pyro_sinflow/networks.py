@@ -13,7 +13,7 @@ from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from . import _validate as check
 from .masks import check_adjacency, check_order, masked_mlp, reach
 
-_PROBES = 64  # units whose influence on others is tested
+_PROBES = 64  # the number of units that check_element_wise changes
 
 
 def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
@@ -30,7 +30,7 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
-    """Returns the dtype of a module's weights, which need not be parameters."""
+    """Returns the dtype of a module's weights, which may be parameters or plain tensors."""
     for part in module.modules():
         weight = getattr(part, "weight", None)
         if isinstance(weight, Tensor):
@@ -41,10 +41,10 @@ def weight_dtype(module: nn.Module) -> torch.dtype:
 def check_activation(
     activation: Callable[[], nn.Module] | None, dropout: float
 ) -> Callable[[], nn.Module]:
-    """Requires the constructor of a module, or None for that of rectifiers, and a probability.
+    """Requires the constructor of an activation, or None for ReLU, and a dropout probability.
 
     Returns:
-        The constructor of the activation, which dropout follows unless its probability is zero.
+        The constructor of the activation, followed by dropout if the probability is not zero.
     """
     check.real("dropout", dropout, 0.0, 1.0, closed=True)
     if isinstance(activation, nn.Module):  # which can be called, but not for this
@@ -57,11 +57,11 @@ def check_activation(
 
 @torch.no_grad()
 def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
-    """Requires that each unit of an activation's output depends on the same unit of its input.
+    """Requires that an activation is element-wise.
 
-    An activation that mixes units, such as a softmax or a layer normalisation, would let parameters
-    depend on features that they must not see. Units are moved one at a time to find out, with the
-    module in evaluation mode.
+    With an activation that mixes units, such as softmax or layer normalisation, the parameters of a
+    feature would depend on later features. The check changes one unit at a time and looks for
+    changes of other units, with the module in evaluation mode.
 
     Args:
         activation: The module.
@@ -99,14 +99,14 @@ def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
 class Shortcut(nn.Module):
     r"""Creates a masked linear map from features and context to the shifts of the features.
 
-    Rectifiers take many steps to agree on a linear map. With one of its own, a flow learns the
-    correlations of its features within a few, and its networks are free for the rest. Where
-    gradients are noisy, as those of an ELBO of few particles are, it passes the noise on.
+    A network with ReLU activations needs many steps to learn a linear map. With a shortcut, a flow
+    learns linear correlations of its features in a few steps, and the network learns the rest. The
+    shortcut also follows noise in gradients, for example of an ELBO with few particles.
 
     Args:
         adjacency: Which inputs each feature may depend on, with shape :math:`(D, D + C)`.
-        rate: How many times faster than other weights it learns, by an optimiser that moves each by
-            about the learning rate, as Adam does.
+        rate: The learning-rate factor, for optimisers that move each parameter by about the
+            learning rate, such as Adam.
         order: The features sorted such that each comes after those that it depends on. If
             :py:`None`, they are sorted by how many it depends on.
     """
@@ -122,20 +122,19 @@ class Shortcut(nn.Module):
         self.register_buffer("order", order)
 
     def extra_repr(self) -> str:
-        """Shows how many times faster than other weights it learns."""
+        """Shows the learning-rate factor."""
         return f"rate: {float(self.mask.max()):g}"
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Returns the shifts, with shape :math:`(*, D)`."""
         weight = self.mask * self.weight
-        # Of a single vector, torch's batched forward differentiation knows 'mv' alone.
+        # For a single vector, only 'mv' supports batched forward-mode differentiation in torch.
         return torch.mv(weight, x) if x.ndim == 1 else F.linear(x, weight)
 
     def preconditioner(self) -> Tensor:
-        """Returns Q, such that I + Q inverts x plus the linear map of x.
+        """Returns a matrix Q such that I + Q is the inverse of I plus the linear map.
 
-        It is as triangular as the mask: a linear map of features in this order would be inverted in
-        one pass.
+        Q is strictly triangular in the order of the features.
         """
         n = len(self.weight)
         mask, weight = self.mask[:, :n], self.weight[:, :n]
@@ -151,8 +150,9 @@ class Shortcut(nn.Module):
 class MaskedNetwork(nn.Module):
     r"""Creates a network :math:`h_i(x_{<i}, c)`.
 
-    It is :class:`zuko.nn.MaskedMLP` over events of any shape and a context, perhaps with a
-    :class:`~pyro_sinflow.networks.Shortcut` to the first output of each feature, its shift.
+    It is a :class:`zuko.nn.MaskedMLP` for events of any shape and a context. Optionally, a
+    :class:`~pyro_sinflow.networks.Shortcut` is added to the first output of each feature, its
+    shift.
 
     Args:
         features: The shape of an event.
@@ -167,18 +167,18 @@ class MaskedNetwork(nn.Module):
             depends on all of it.
         hidden_features: The numbers of hidden features.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
-            It must act on each unit by itself.
+            It must be element-wise.
         residual: Whether to use residual blocks or not.
-        dropout: The probability that a hidden unit is dropped in training.
-        shortcut: How many times faster than other weights the
-            :class:`~pyro_sinflow.networks.Shortcut` learns. 0 for no shortcut.
+        dropout: The probability, in :math:`[0, 1)`, that a hidden unit is dropped in training.
+        shortcut: The learning-rate factor of the :class:`~pyro_sinflow.networks.Shortcut`. 0 for no
+            shortcut.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a size is not positive, ``order`` no permutation, ``adjacency`` has the wrong
-            shape or values, a zero on the diagonal, or a cycle, both of them are given, a number is
-            out of range, ``activation`` mixes units, or there are fewer hidden features than an
-            ``adjacency`` needs.
+        ValueError: If a size is not positive, ``order`` is not a permutation, ``adjacency`` has the
+            wrong shape or values, a zero on the diagonal, or a cycle, both of them are given, a
+            number is out of range, ``activation`` is not element-wise, or there are fewer hidden
+            features than an ``adjacency`` needs.
 
     Example:
         >>> network = MaskedNetwork((3,), context=2, outputs=4)
@@ -273,7 +273,8 @@ class MaskedNetwork(nn.Module):
             The parameters, with shape :math:`(*, \text{features}, \text{outputs})`.
 
         Raises:
-            ValueError: If the shape of x or c is wrong, or c is missing or superfluous.
+            ValueError: If the shape of x or c is wrong, c is missing, or c is given to a network
+                without context features.
             TypeError: If x or c has the wrong dtype.
         """
         n, mlp = len(self.features), self.mlp
@@ -295,7 +296,7 @@ class MaskedNetwork(nn.Module):
             if self.outputs == 1:
                 h = h + shift
             else:
-                # The gradient of a split is one operation, those of slices are several.
+                # The gradient of a split is one operation; slices would need several.
                 first, others = h.split((1, self.outputs - 1), dim=-1)
                 h = torch.cat((first + shift, others), dim=-1)
         if n > 1:
@@ -304,7 +305,7 @@ class MaskedNetwork(nn.Module):
 
 
 def join(x: Tensor, c: Tensor | None) -> Tensor:
-    """Joins features, with shape (*, D), and a context, if there is one.
+    """Concatenates features, with shape (*, D), and a context, if there is one.
 
     Raises:
         ValueError: If their batches do not broadcast.

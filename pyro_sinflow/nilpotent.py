@@ -1,8 +1,8 @@
 r"""Fixed points of nilpotent iterations.
 
 Each pass :math:`x \leftarrow \tau^{-1}(y; h(x))` of the inverse of a triangular map makes at least
-one more feature exact. After as many passes as there are features, all are. It usually converges to
-round-off in fewer.
+one more feature exact, so that D passes are enough for D features. The iteration usually converges
+to round-off in fewer passes.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ _FEW = 5  # passes
 
 
 def largest(dtype: torch.dtype) -> float:
-    """Returns the bound of what an inverse may return.
+    """Returns the largest magnitude that an inverse may return.
 
-    A feature that has not converged may overflow, and infinity times a masked weight of zero would
-    turn the features that have converged to NaN.
+    A feature that has not converged may overflow. Infinity times a masked weight of zero would then
+    turn features that have converged into NaN.
     """
     return torch.finfo(dtype).max ** 0.5
 
 
 def finite_events(x: Tensor, event_dim: int) -> Tensor:
-    """Returns which events are finite, with as many dimensions as x."""
+    """Returns a mask of the finite events, with as many dimensions as x."""
     return x.isfinite().all(dim=tuple(range(-event_dim, 0)), keepdim=True)
 
 
 def cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor | None]:
-    """Keeps x in range, and returns which elements belong to an event that has not left it.
+    """Clamps x to the range of its dtype.
 
     Returns:
-        The elements in range, and a mask, or :py:`None` if all events are in range.
+        The clamped x, and a mask of the elements whose events are in range, or :py:`None` if all
+        events are in range.
 
     Raises:
-        InversionError: If every event has left it.
+        InversionError: If every event is out of range.
 
     Warns:
-        InversionWarning: If some have.
+        InversionWarning: If some events are out of range.
     """
     bound = largest(x.dtype)
     if not x.numel() or float(x.abs().max()) < bound:  # False for NaN
@@ -53,8 +54,8 @@ def cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor | None]:
     lost = inside.numel() - int(inside.sum())
     message = (
         f"The inverse of a triangular map leaves the range of {x.dtype} in {lost} of "
-        f"{inside.numel()} events: the map is not finite, or its slopes are too extreme there. "
-        "Activations that are bounded, such as torch.nn.Tanh, or float64 may help."
+        f"{inside.numel()} events: the map is not finite there, or its slopes are too extreme. "
+        "Bounded activations, such as torch.nn.Tanh, or float64 may help."
     )
     if lost == inside.numel():
         raise InversionError(message)
@@ -64,10 +65,10 @@ def cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor | None]:
 
 
 class _Preconditioner:
-    """Moves the features of an event by what a change lets those after them change by.
+    """Predicts how a change of features changes the features after them, and adds that.
 
-    An event is preconditioned as long as its change is smaller than in both of the last two passes,
-    so that a poor preconditioner, or round-off that it amplifies, does not prevent convergence.
+    An event is preconditioned only as long as its change is smaller than in both of the last two
+    passes. Neither a poor preconditioner nor amplified round-off can then prevent convergence.
     """
 
     def __init__(self, matrix: Tensor, event_dim: int, like: Tensor) -> None:
@@ -77,10 +78,10 @@ class _Preconditioner:
         self.recent = 2 * (like.new_full((), torch.inf),)  # the largest changes of two passes
 
     def __call__(self, x: Tensor, new: Tensor) -> Tensor:
-        """Returns where a pass from x to new leads."""
+        """Returns the preconditioned result of a pass from x to ``new``."""
         event = tuple(range(-self.event_dim, 0))
         change = new - x
-        worst = (change.abs() / (1 + new.abs())).amax(dim=event, keepdim=True)  # perhaps NaN
+        worst = (change.abs() / (1 + new.abs())).amax(dim=event, keepdim=True)  # may be NaN
         less = worst < torch.maximum(*self.recent)
         # Zeros switch the preconditioner off for the rest of the iteration.
         self.recent = torch.where(less, worst, 0), torch.where(less, self.recent[0], 0)
@@ -101,10 +102,10 @@ def nilpotent_iteration(
     preconditioner: Tensor | None = None,
     trusted: bool = False,
 ) -> Tensor:
-    """Iterates a nilpotent step until it converges, at most as many times as there are features.
+    """Iterates a nilpotent step until it converges, at most as often as there are features.
 
-    With a preconditioner that turns out to be of no use, the plain step may take as many passes
-    again.
+    With a preconditioner, the limit is twice as high, in case that the preconditioner does not help
+    and the plain step is needed.
 
     Args:
         step: The step.
@@ -112,22 +113,21 @@ def nilpotent_iteration(
         event_dim: The number of dimensions of an event.
         solver: Method, tolerance and number of iterations.
         problem: What the fixed point is, for records and messages.
-        passes: A bound of the number of passes that is lower than the number of features.
+        passes: An upper bound on the number of passes. If :py:`None`, the number of features.
         preconditioner: The matrix of :meth:`AutoregressiveMap.preconditioner`.
         trusted: Whether the step is known to be nilpotent.
 
     Raises:
-        InversionError: If the step turns out not to be nilpotent, or every event leaves the range
-            of the dtype.
+        InversionError: If the step is not nilpotent, or every event leaves the range of the dtype.
 
     Warns:
-        InversionWarning: If some events leave it, or the tolerance is missed because
-            ``solver.max_iter`` is small.
+        InversionWarning: If some events leave the range of the dtype, or the tolerance is missed
+            because ``solver.max_iter`` is small.
     """
     features = prod(x.shape[x.ndim - event_dim :])
     bound = min(features, passes or features)
     if trusted and bound <= _FEW and preconditioner is None and solver.max_iter is None:
-        # To find out whether fewer passes are enough takes longer than to take them.
+        # Few passes take less time than a test of whether fewer are enough.
         new = x
         with torch.no_grad():
             for _ in range(bound):
@@ -146,7 +146,7 @@ def nilpotent_iteration(
     is_exact = limit >= exact
     if features == 1 or (trusted and is_exact):
         return cut_off(new, event_dim)[0]
-    # One more pass tells whether x is exact, as it should be.
+    # One more pass shows whether x is exact, as it should be.
     with torch.no_grad():
         new, inside = cut_off(step(x), event_dim)
     change = (new - x).abs() / (1 + new.abs())
@@ -155,7 +155,7 @@ def nilpotent_iteration(
         message = missed(problem, error, tolerance, limit)
         if is_exact and not error <= torch.finfo(x.dtype).eps ** 0.5:
             raise InversionError(
-                f"{message} {limit} passes are exact for every triangular map: this one is not "
+                f"{message} {limit} passes are exact for every triangular map, so this one is not "
                 "triangular or not deterministic. Call '.eval()' if it has dropout."
             )
         warnings.warn(message, InversionWarning, stacklevel=2)
@@ -170,14 +170,14 @@ def _iterate(
     ahead: _Preconditioner | None,
     bound: int,
 ) -> tuple[Tensor, Tensor, int, float]:
-    """Takes passes until nothing changes by more than the aim, preconditioned up to the bound.
+    """Runs passes until no feature changes by more than ``aim``.
 
-    The first pass runs in the grad mode that is set, so that what caches its results, as
-    parametrizations and autocast do, caches them with a graph; the others run without.
+    The first ``bound`` passes are preconditioned. The first pass runs in the current grad mode, so
+    that parametrizations and autocast cache weights with a graph. The others run without gradients.
 
     Returns:
-        The last x within the range of the dtype, as the last pass left it, the number of passes,
-        and the largest relative change in the last one, infinite where it is not known.
+        The last x, clamped to the range of the dtype; the last x as computed; the number of passes;
+        and the largest relative change in the last pass, or infinity if it is not known.
     """
     graph, most = torch.is_grad_enabled(), largest(x.dtype)
     for iteration in range(1, limit + 1):

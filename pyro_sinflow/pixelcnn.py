@@ -17,12 +17,11 @@ from .networks import check_activation, check_context, check_element_wise
 
 
 class MaskedConv2d(nn.Conv2d):
-    r"""Creates a convolution whose units see what comes before them in the raster order.
+    r"""Creates a convolution whose units depend only on earlier features in raster order.
 
-    Each unit of a layer is described by the last position that it may see, relative to its own
-    pixel: a row, and a column times the number of channels plus a channel. A unit feeds another
-    where, at the offset of the kernel between them, its last position is not after that of the
-    other.
+    Each unit of a layer has a last position that it may depend on, relative to its own pixel: a
+    row, and a column times the number of channels plus a channel. A weight is kept if, shifted by
+    its offset in the kernel, the last position of its input is not after that of its output.
 
     Args:
         before: The positions of the inputs, with shape :math:`(I, 2)`.
@@ -53,12 +52,11 @@ class MaskedConv2d(nn.Conv2d):
 class PixelCNN(nn.Module):
     r"""Creates a convolutional network :math:`h_i(x_{<i}, c)` for images.
 
-    Features are in raster order: pixel by pixel, and within a pixel channel by channel. Some of the
-    hidden maps see all of the rows above a pixel, the others the pixels to its left as well, so
-    that there is no blind spot: after n convolutions with a kernel of size k, a feature depends on
-    the pixels before it within :math:`n \lfloor k / 2 \rfloor` rows and columns. There are as many
-    convolutions as hidden sizes and one, or twice as many as hidden sizes and two with residual
-    blocks of equal size.
+    Features are in raster order: pixel by pixel, and channel by channel within a pixel. Some hidden
+    maps depend on the rows above a pixel only, the others also on the pixels to its left, so that
+    there is no blind spot: after n convolutions with a kernel of size k, a feature depends on all
+    earlier pixels within :math:`n \lfloor k / 2 \rfloor` rows and columns. With m hidden sizes
+    there are :math:`m + 1` convolutions, or :math:`2m + 2` with residual blocks of equal size.
 
     References:
         | Conditional Image Generation with PixelCNN Decoders (van den Oord et al., 2016)
@@ -68,20 +66,21 @@ class PixelCNN(nn.Module):
         features: The shape of an image, :math:`(C, H, W)`.
         context: The number of context features.
         outputs: The number of outputs for each feature.
-        order: The rank of each feature: ascending for the raster order, descending for its mirror
-            image. If :py:`None`, ascending.
-        hidden_features: The numbers of hidden maps, each greater than that of channels. With
-            ``residual``, each stands for a residual block: (16, 16) is what the paper has for
-            MNIST and CIFAR-10.
+        order: The rank of each feature: ascending for raster order, or descending for the reverse.
+            If :py:`None`, ascending.
+        hidden_features: The numbers of hidden maps, each greater than the number of channels. With
+            ``residual``, each is the size of a residual block. The paper uses (16, 16) for MNIST
+            and CIFAR-10.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
         residual: Whether to use residual blocks or not.
-        dropout: The probability that a hidden unit is dropped in training.
-        kernel_size: The height and width of the kernels, an odd number.
+        dropout: The probability, in :math:`[0, 1)`, that a hidden unit is dropped in training.
+        kernel_size: The height and width of the kernels, an odd number of at least 3.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If ``features`` is no shape of an image, a size too small, ``kernel_size`` even,
-            ``order`` neither ascending nor descending, or ``activation`` mixes units.
+        ValueError: If ``features`` does not have three dimensions, a size is too small,
+            ``kernel_size`` is even, ``order`` is neither ascending nor descending, or
+            ``activation`` is not element-wise.
 
     Example:
         >>> network = PixelCNN((3, 8, 8), context=2, outputs=4)
@@ -153,7 +152,7 @@ class PixelCNN(nn.Module):
             return module
 
         pixel = torch.tensor([[0.0, c] for c in range(channels)])
-        seen = pixel - torch.tensor([0.0, 1.0])  # up to the channel before
+        seen = pixel - torch.tensor([0.0, 1.0])  # up to the previous channel
         above = torch.tensor([[-1.0, math.inf]])  # up to the end of the row above
         kinds = torch.cat((above, seen))
 
@@ -173,7 +172,11 @@ class PixelCNN(nn.Module):
         return layers
 
     def set_bias(self, bias: Tensor) -> None:
-        """Sets the bias of the outputs, as :class:`MaskedNetwork` does."""
+        """Sets the bias of the outputs.
+
+        Args:
+            bias: The bias, with as many elements as there are outputs, features in raster order.
+        """
         with torch.no_grad():
             self.bias.copy_(bias.view_as(self.bias))
 
@@ -188,7 +191,8 @@ class PixelCNN(nn.Module):
             The parameters, with shape :math:`(*, C, H, W, \text{outputs})`.
 
         Raises:
-            ValueError: If the shape of x or c is wrong, or c is missing or superfluous.
+            ValueError: If the shape of x or c is wrong, c is missing, or c is given to a network
+                without context features.
             TypeError: If x or c has the wrong dtype.
         """
         check.event("x", x, self.features)

@@ -1,8 +1,8 @@
 r"""Forward substitution: the inverse of a map whose parameters a masked network computes.
 
-To invert :math:`y_i = \tau(x_i; h_i(x_{<i}))`, features are computed one after the other, as the
-unknowns of a triangular system of equations are. A hidden unit is computed once, as soon as the
-features that it depends on are known. A whole inverse thus evaluates the network once, in as many
+To invert :math:`y_i = \tau(x_i; h_i(x_{<i}))`, features are computed one after the other, like the
+unknowns of a triangular system of equations. A hidden unit is computed once, as soon as the
+features that it depends on are known. An inverse therefore evaluates the network once, in as many
 stages as there are features.
 """
 
@@ -19,7 +19,7 @@ from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from ._torch import ELEMENT_WISE, is_dropout, plain_modules, versions
 from .networks import MaskedNetwork, Shortcut
 
-_SIZE = 16  # features in a block, unless a single stage has more
+_SIZE = 16  # features in a block; a block has more if a single stage has more
 _KINDS = (MaskedNetwork, MaskedLinear, MaskedMLP, Residual, Shortcut, nn.Sequential)
 _FORWARD = [(kind, kind.forward) for kind in _KINDS]
 
@@ -34,11 +34,11 @@ Operation = nn.Module | _Skip
 
 
 def operations(module: nn.Module) -> list[Operation]:
-    """Returns the operations of a network in their order.
+    """Returns the operations of a network in order.
 
     Raises:
-        NotImplementedError: If there are others than masked layers, residual connections and
-            activations.
+        NotImplementedError: If the network has parts other than masked layers, residual connections
+            and element-wise activations.
     """
     kind = type(module)
     if kind is MaskedLinear:
@@ -54,12 +54,12 @@ def operations(module: nn.Module) -> list[Operation]:
 
 
 class _Units(NamedTuple):
-    """The units of a layer, sorted by the stage in which they become known."""
+    """The units of a layer, sorted by the stage in which they are computed."""
 
     order: Tensor
-    cuts: list[int]  # how many are known before each stage
+    cuts: list[int]  # the number of units computed before each stage
 
-    sizes: list[int]  # how many become known in each stage
+    sizes: list[int]  # the number of units computed in each stage
 
     @classmethod
     def sort(cls, stage: Tensor, count: int) -> _Units:
@@ -70,18 +70,19 @@ class _Units(NamedTuple):
 
 
 class Stages:
-    """The stages of a masked network: first what depends on no feature, then the features.
+    """The stages in which a masked network can be evaluated.
 
-    The features of a stage depend on those of earlier stages alone. Fully autoregressive networks
-    have one feature in each stage, a coupling has two stages.
+    The first stage holds the units that depend on no feature. The features of each later stage
+    depend only on features of earlier stages. A fully autoregressive network has one feature in
+    each stage; a coupling has two stages of features.
 
     Args:
         network: A :class:`zuko.nn.MaskedMLP` or :class:`~pyro_sinflow.MaskedNetwork`.
         features: The number of features, which come before the context in the network's input.
-        size: The number of features in a block of stages, unless a single stage has more.
+        size: The number of features in a block of stages. A block has more if a single stage has.
 
     Raises:
-        NotImplementedError: If the network is not made of masked layers and activations alone, or
+        NotImplementedError: If the network has other parts than masked layers and activations, or
             is not triangular.
     """
 
@@ -101,7 +102,7 @@ class Stages:
         self.masked = [*self.linears, *([] if self.shortcut is None else [self.shortcut])]
         self.masks = [layer.mask for layer in self.masked]
         self.versions = versions(*self.masks)
-        # A product with booleans is several times slower.
+        # A product with a boolean mask is several times slower.
         self.factors = [layer.mask.to(layer.weight.dtype) for layer in self.linears]
         if self.linears[0].in_features < features:
             raise NotImplementedError(f"The network has fewer inputs than {features} features.")
@@ -116,7 +117,7 @@ class Stages:
             total += len(self.stages[i])
 
     def _dependence(self) -> Tensor:
-        """Returns which feature's parameters depend on which feature, with shape (D, D)."""
+        """Returns a mask, with shape (D, D): whether outputs of feature i depend on feature j."""
         n, mask = self.features, self.linears[0].mask
         seen = torch.eye(mask.shape[1], n, dtype=torch.float32, device=mask.device)
         skips: list[Tensor] = []
@@ -146,7 +147,7 @@ class Stages:
         return stages, level
 
     def _sort(self, level: Tensor) -> None:
-        """Sorts inputs and outputs of each layer by the stage in which they become known."""
+        """Sorts inputs and outputs of each layer by the stage in which they are computed."""
         count, stage = len(self.stages), level
         self.units: list[tuple[_Units, _Units]] = []
         units = _Units.sort(stage, count)
@@ -154,23 +155,23 @@ class Stages:
         for operation, following in zip(self.operations, [*self.operations[1:], None], strict=True):
             if isinstance(operation, MaskedLinear):
                 if following is None and self.shortcut is not None:
-                    # Its inputs are more inputs of the last layer.
+                    # The inputs of the shortcut become further inputs of the last layer.
                     units = _Units.sort(torch.cat((stage, level)), count)
                 mask = operation.mask[:, : len(stage)].bool()  # without the context
                 stage = torch.where(mask, stage, 0).amax(dim=1)
                 if following is None:
                     stage = level.repeat_interleave(len(mask) // self.features)
                 elif isinstance(following, _Skip) and not following.begins:
-                    branch, stage = stage, skipped.pop()  # sorted like what they are added to
+                    branch, stage = stage, skipped.pop()  # in the order of the sum
                     if bool((branch > stage).any()):
-                        raise NotImplementedError("A residual branch sees more than it adds to.")
+                        raise NotImplementedError("A residual branch sees later features.")
                 inputs, units = units, _Units.sort(stage, count)
                 self.units.append((inputs, units))
             elif isinstance(operation, _Skip) and operation.begins:
                 skipped.append(stage)
 
     def suit(self, network: nn.Module, features: int) -> bool:
-        """Whether they are still what these stages were made from."""
+        """Whether the network is still the one that these stages were built from."""
         if self.features != features or self.modules != plain_modules(network):
             return False
         for kind, forward in _FORWARD:
@@ -188,7 +189,7 @@ _stages: WeakKeyDictionary[nn.Module, Stages] = WeakKeyDictionary()
 def stages_of(network: nn.Module, features: int) -> Stages | None:
     """Returns the stages of a network, or :py:`None` if it cannot be evaluated in stages.
 
-    They are made again if its masks or modules have changed.
+    They are built again if the masks or modules of the network have changed.
     """
     stages = _stages.get(network)
     if stages is None or not stages.suit(network, features):
@@ -202,7 +203,7 @@ def stages_of(network: nn.Module, features: int) -> Stages | None:
 def frozen_weights(stages: Stages, c: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """Returns weights, with shape (O, I), and biases, (O, N) or (O, 1), of a network's layers.
 
-    They have their present values, no graph, and the context added to the biases. If there is a
+    They have the current values and no graph, and the context is added to the biases. If there is a
     shortcut, the features are further inputs of the last layer.
 
     Args:
@@ -219,7 +220,7 @@ def frozen_weights(stages: Stages, c: Tensor | None) -> list[tuple[Tensor, Tenso
         if layer is stages.linears[-1] and stages.shortcut is not None:
             direct = (stages.shortcut.mask * stages.shortcut.weight).detach()
             direct, shift = _fix_context(direct, weight.new_zeros(n, 1), n, c)
-            others = len(weight) // n - 1  # outputs of a feature that the shortcut has none for
+            others = len(weight) // n - 1  # the outputs of a feature other than its shift
             direct = F.pad(direct.unsqueeze(1), (0, 0, 0, others)).flatten(0, 1)
             shift = F.pad(shift.unsqueeze(1), (0, 0, 0, others)).flatten(0, 1)
             weight, bias = torch.cat((weight, direct), dim=1), bias + shift
@@ -230,14 +231,14 @@ def frozen_weights(stages: Stages, c: Tensor | None) -> list[tuple[Tensor, Tenso
 def _fix_context(
     weight: Tensor, bias: Tensor, features: int, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns a layer as a function of the features alone, at a given context."""
+    """Returns a layer as a function of the features, for a given context."""
     if c is None:
         return weight, bias
     return weight[:, :features], torch.addmm(bias, weight[:, features:], c.t())
 
 
 class WholeEvaluation:
-    """Evaluations of a network at once, with the weights that it has now and without a graph.
+    """Evaluates a whole network at once, with its current weights and without a graph.
 
     Args:
         stages: The stages of the network.
@@ -270,11 +271,11 @@ class WholeEvaluation:
 
 
 class StagedEvaluation:
-    """An evaluation of a network, stage after stage, with its present weights, without a graph.
+    """Evaluates a network stage by stage, with its current weights and without a graph.
 
-    Units come first here, and rows of the batch last, so that the units of a stage are contiguous.
-    What is known before a block of stages contributes to all of the block by one matrix product, so
-    that the products of a single stage are small.
+    Tensors have units first and rows of the batch last, so that the units of a stage are
+    contiguous. The units before a block of stages contribute to the whole block by one matrix
+    product, so that the products of a single stage are small.
 
     Args:
         stages: The stages of the network.
@@ -295,7 +296,7 @@ class StagedEvaluation:
         self._begin(next(self.blocks))
 
     def _begin(self, block: range) -> None:
-        """Begins a block of stages, once the units of all stages before it are known."""
+        """Begins a block of stages, after the units of all earlier stages have been computed."""
         self.stage, self.size = 0, len(block)
         self.parts = []
         within = slice(block.start, block.stop)
@@ -311,10 +312,10 @@ class StagedEvaluation:
             )
 
     def advance(self, x: Tensor) -> Tensor:
-        """Takes the features of a stage, and returns the outputs for those of the next.
+        """Takes the features of a stage, and returns the outputs for the features of the next.
 
         Args:
-            x: The features, with shape (size, N): none at first.
+            x: The features, with shape (size, N). In the first call, size is 0.
 
         Returns:
             The outputs, with shape (outputs, N).

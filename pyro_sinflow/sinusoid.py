@@ -1,4 +1,4 @@
-r"""Chains of monotone sinusoids: the formulas, for arrays of numpy and of torch.
+r"""Chains of monotone sinusoids: the formulas, for arrays of numpy and tensors of torch.
 
 A sinusoid (Eq. 13 and 15 of the paper) is the integral of a Fourier series that stays positive:
 
@@ -8,16 +8,17 @@ A sinusoid (Eq. 13 and 15 of the paper) is the integral of a Fourier series that
 
 with :math:`c_k = -\alpha w_k \cos(2 b_k)`, :math:`s_k = \alpha w_k \sin(2 b_k)`,
 :math:`P_k = \sin(a_k x) \cos(a_k x)` and :math:`Q_k = \sin^2(a_k x)`. The constant of Eq. 13 is
-folded into :math:`d`, so that :math:`f(0) = d`. Unlike a difference of sines, :math:`P / a` and
-:math:`Q / a` lose no digits when :math:`a` is small. Value, slope and curvature are linear in the
-waves :math:`P` and :math:`Q`.
+included in :math:`d`, so that :math:`f(0) = d`. Unlike a difference of sines, :math:`P / a` and
+:math:`Q / a` lose no digits for small :math:`a`. Value, slope and curvature are linear in the waves
+:math:`P` and :math:`Q`.
 
 The parameters of a chain of M sinusoids are one tensor of shape :math:`(*, M, 3K + 2)`: for each
 sinusoid K frequencies, K phases and K weights, a residual weight and a shift, all unconstrained.
 Without shifts the last dimension is :math:`3K + 1`.
 
-Here, numbers have the shape :math:`(B, 1, N)` and parameters the shape :math:`(M, B, \cdot, P)`,
-where P is 1 if the N numbers of a row share their parameters, and N if each has its own.
+In this module, numbers have shape :math:`(B, 1, N)` and parameters have shape
+:math:`(M, B, \cdot, P)`, where P is 1 if the N numbers of a row share their parameters, and N if
+each has its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .arrays import PLAIN, Array
 
 
 def bound(min_slope: float, eps: float) -> float:
-    """Returns the bound of |alpha|: slopes would vanish if it were 1 to within round-off."""
+    """Returns the largest |alpha|, which is below 1 by more than round-off."""
     return 1 - max(min_slope, 16 * eps)
 
 
@@ -52,8 +53,8 @@ def constrain(parameters: Array, min_slope: float, xp: SimpleNamespace = PLAIN) 
     angle = 2 * parameters[:, :, k : 2 * k]
     weight = xp.softmax(parameters[:, :, 2 * k : 3 * k], 2)
     residual = xp.tanh(parameters[:, :, 3 * k : 3 * k + 1])
-    # At a = 0 the sinusoid has a limit, x + d + c x, and a frequency this small reaches it to the
-    # last digit, while P / a stays clear of 0 / 0 and of denormal numbers.
+    # For a -> 0 the sinusoid has the limit x + d + c x. A frequency this small equals the limit to
+    # round-off, and avoids 0 / 0 and denormal numbers in P / a.
     smallest = float(info.tiny) ** 0.5
     return Chain(
         frequency=xp.clip(xp.softplus(parameters[:, :, :k]), smallest, None),
@@ -67,7 +68,7 @@ def constrain(parameters: Array, min_slope: float, xp: SimpleNamespace = PLAIN) 
 
 
 class Sinusoid(NamedTuple):
-    """One sinusoid as an increasing function of numbers."""
+    """One sinusoid, an increasing function."""
 
     a: Array  # (B, K, P)
     c: Array
@@ -80,7 +81,7 @@ class Sinusoid(NamedTuple):
         return self.value_and_slope(x, curvature=True)
 
     def value_and_slope(self, x: Array, curvature: bool = False) -> tuple[Array, ...]:
-        """Returns value, slope and, if asked for, curvature."""
+        """Returns value, slope and, with ``curvature``, curvature."""
         a, c, s, d, xp = self
         waves = xp.waves(x, a)
         p, q = waves[:, : a.shape[1]], waves[:, a.shape[1] :]
@@ -95,7 +96,7 @@ class Sinusoid(NamedTuple):
         return value, slope, 2 * (a * turned).sum(1, keepdims=True)
 
     def _magnitude(self) -> Array:
-        """Bounds of the magnitudes of the slope's components, with shape (B, K, P)."""
+        """Returns bounds of the magnitudes of the slope's components, with shape (B, K, P)."""
         return self.xp.hypot(self.c, self.s) * (1 + 4 * float(self.xp.finfo(self.c.dtype).eps))
 
     def bounds(self) -> tuple[Array, Array]:
@@ -114,7 +115,7 @@ class Sinusoid(NamedTuple):
         info = xp.finfo(y.dtype)
         alpha = magnitude.sum(1, keepdims=True)
         distance = (magnitude / self.a).sum(1, keepdims=True)
-        # f(0) = d and f' is in [1 - |alpha|, 1 + |alpha|]: x is between z / (1 + |alpha|) and this.
+        # As f(0) = d and f' is in [1 - |alpha|, 1 + |alpha|], x is between ``near`` and ``far``.
         z = self.start(y)
         far = z / xp.clip(1 - alpha, float(info.tiny), None)
         near = z / (1 + alpha)
@@ -126,7 +127,7 @@ class Sinusoid(NamedTuple):
         )
 
     def take(self, row: Array, column: Array) -> Sinusoid:
-        """Returns the functions of some numbers, given their indices, as a single row."""
+        """Returns the functions of selected numbers, given their indices, as a single row."""
         if self.a.shape[-1] == 1:
             column = column * 0
         a, c, s, d = (

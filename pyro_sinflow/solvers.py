@@ -1,12 +1,11 @@
-r"""Solvers, what they record, and the two iterations that invert maps.
+r"""Options, records and errors of solvers, and root finding for increasing functions.
 
-- :func:`solve_increasing` inverts increasing functions of single numbers that come with bounds of
-  their root: Halley's method, then Newton's for the few that it leaves, with bisection where a step
-  leaves the bracket or fails to halve the residual. It converges for every such function.
-- :func:`nilpotent_iteration` finds the fixed point of maps that depend strictly on the features
-  before: it is exact after as many iterations as there are features.
+:func:`solve_increasing` inverts increasing functions of one variable with a known bracket of the
+root. It uses Halley's method, then Newton's method for the few elements that have not converged,
+with bisection where a step leaves the bracket or does not halve the residual. It converges for
+every such function. Triangular maps are inverted in :mod:`pyro_sinflow.nilpotent`.
 
-The paper's Algorithm 1, a plain fixed-point iteration for both, is the method ``"banach"``.
+The method ``"banach"`` is the paper's Algorithm 1, a plain fixed-point iteration for both.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from . import _validate as check
 from .arrays import Array
 from .sinusoid import Sinusoid
 
-# Picking the elements that have not converged takes longer than moving as many as these once more.
+# Below this size, one more step for all elements is faster than selecting the unconverged ones.
 _SMALL = 4096
 
 
 class InversionError(RuntimeError):
-    """An inverse failed: its input, or the map, breaks what the solver relies on."""
+    """An inverse failed: the map is not triangular, not deterministic or not finite."""
 
 
 class InversionWarning(UserWarning):
@@ -42,26 +41,27 @@ class Solver:
     r"""How an inverse is computed.
 
     Args:
-        method: ``"default"`` inverts sinusoids by Halley's and bracketed Newton steps, and
+        method: ``"default"`` inverts sinusoids by Halley's method and bracketed Newton steps, and
             triangular maps by forward substitution or nilpotent iteration. ``"banach"`` is the
-            paper's Algorithm 1, a fixed-point iteration for both. It converges linearly, at the
-            rate :math:`|\alpha|`: use it for comparison.
-        tolerance: The iteration stops once :math:`|f(x) - y| \leq` ``tolerance``
-            :math:`\cdot (1 + |x| + |y|)` holds everywhere, for each sinusoid of a chain by itself;
-            for triangular maps, once a pass changes no feature by more than ``tolerance``
-            :math:`\cdot (1 + |x|)`. If :py:`None`, the iteration aims at 4 times the machine
-            epsilon of the dtype, and warns beyond 32 times.
+            paper's Algorithm 1, a fixed-point iteration for both. It converges linearly with rate
+            :math:`|\alpha|` and is meant for comparison.
+        tolerance: The relative tolerance, in :math:`(0, 1)`. Sinusoids: iterate until
+            :math:`|f(x) - y| \leq` ``tolerance`` :math:`\cdot (1 + |x| + |y|)` for all elements of
+            each sinusoid. Triangular maps: iterate until a pass changes no feature by more than
+            ``tolerance`` :math:`\cdot (1 + |x|)`. If :py:`None`, the iteration stops at 4 times the
+            machine epsilon of the dtype, and a warning is given beyond 32 times.
         max_iter: The largest number of iterations. If :py:`None`, 200 for sinusoids and one pass
-            per feature for triangular maps (twice as many where a preconditioner turns out to be of
-            no use); 100 for ``"banach"``. Where Python cannot branch on values (``torch.compile``,
-            ``torch.func``, forward mode), a sinusoid takes ``max_iter`` iterations, or 40, and a
-            triangular map one pass per feature, or ``max_iter`` if that is less.
+            per feature for triangular maps (twice as many if a preconditioner does not help); 100
+            for ``"banach"``. Where Python cannot branch on values (``torch.compile``,
+            ``torch.func``, forward mode), a sinusoid always takes ``max_iter`` iterations (default
+            40), and a triangular map one pass per feature, but at most ``max_iter``.
         derivatives: How many times the inverse of a triangular map can be differentiated by
             reverse mode. Each order takes one more evaluation of the map.
 
     Raises:
-        ValueError: If the method is unknown, or a number not positive.
-        TypeError: If ``tolerance`` is not a number, or another number not an integer.
+        ValueError: If ``method`` is unknown, ``tolerance`` is not in :math:`(0, 1)`, or another
+            number is not positive.
+        TypeError: If ``tolerance`` is not a number, or another number is not an integer.
 
     Example:
         >>> Solver("banach", max_iter=50)
@@ -82,7 +82,7 @@ class Solver:
         check.size("derivatives", self.derivatives)
 
     def tolerances(self, eps: float) -> tuple[float, float]:
-        """Returns the tolerance that stops the iteration, and that beyond which it warns."""
+        """Returns the tolerance at which the iteration stops, and that beyond which it warns."""
         if self.tolerance is not None:
             return self.tolerance, self.tolerance
         return 4 * eps, 32 * eps
@@ -93,11 +93,17 @@ class Inversion(NamedTuple):
 
     Args:
         problem: ``"sinusoid"``, ``"triangular"`` or ``"adjoint"``.
-        iterations: For a chain of sinusoids, the most that any element of any of them took. For a
-            triangular map, the passes through its network; 1 where features were substituted one
-            after the other.
-        elements: The number of equations: the size of the solution, batch included, for each
-            sinusoid of a chain.
+        iterations: For a chain of sinusoids, the largest number of iterations that any element
+            took. For a triangular map, the number of passes through its network, which is 1 for
+            forward substitution.
+        elements: The number of equations: the number of elements of the solution, batch included,
+            times the number of sinusoids of a chain.
+
+    Example:
+        >>> with record_inversions() as inversions:
+        ...     x = LDU(3).inv(torch.randn(5, 3))
+        >>> [i.problem for i in inversions]
+        ['triangular', 'sinusoid', 'triangular']
     """
 
     problem: str
@@ -105,17 +111,17 @@ class Inversion(NamedTuple):
     elements: int
 
 
-# The lists of all contexts, one inside the other.
+# The lists of all active contexts, from outer to inner.
 _records: ContextVar[tuple[list[Inversion], ...]] = ContextVar("records", default=())
 
 
 @contextmanager
 def record_inversions() -> Iterator[list[Inversion]]:
-    """Records every inverse that is computed within the context, with its iterations.
+    """Records every inverse that is computed within the context, and its iterations.
 
     Yields:
-        A list to which each solver run appends an :class:`Inversion`. The passes of a triangular
-        map's gradient are listed as ``"adjoint"``.
+        A list to which each run of a solver appends an :class:`Inversion`. The gradient of the
+        inverse of a triangular map is recorded as ``"adjoint"``.
 
     Example:
         >>> t = SinusoidalTransform(*torch.zeros(3, 4), torch.ones(()), torch.zeros(()))
@@ -133,14 +139,14 @@ def record_inversions() -> Iterator[list[Inversion]]:
 
 
 def record(problem: str, iterations: int, elements: int) -> None:
-    """Adds a run of a solver to all records that are open."""
+    """Appends a run of a solver to the lists of all active contexts."""
     if not torch.compiler.is_compiling():
         for records in _records.get():
             records.append(Inversion(problem, iterations, elements))
 
 
 def missed(problem: str, worst: float, tolerance: float, iterations: int) -> str:
-    """Says that a solver missed its tolerance."""
+    """Returns the message that a solver missed its tolerance."""
     what = {
         "sinusoid": "inverse of a sinusoidal map",
         "triangular": "inverse of a triangular map",
@@ -153,11 +159,11 @@ def missed(problem: str, worst: float, tolerance: float, iterations: int) -> str
 
 
 class Root(NamedTuple):
-    """What a solver found."""
+    """The result of a solver."""
 
     x: Array
     iterations: int
-    error: float | Array  # the largest relative error that was seen; an array if it is not known
+    error: float | Array  # the largest relative error; an array inside torch transforms
 
 
 def solve_increasing(
@@ -169,15 +175,15 @@ def solve_increasing(
 ) -> Root:
     r"""Solves :math:`f(x) = y` for each number.
 
-    Up to four of Halley's steps find nearly all roots. What remains is solved apart, by Newton's
-    method with bisection as a safeguard: each iteration halves the residual or the bracket, or does
-    better.
+    Up to four steps of Halley's method find nearly all roots. The remaining elements are solved
+    separately by Newton's method with bisection as a safeguard: each iteration at least halves the
+    residual or the bracket.
 
     Args:
         function: The function :math:`f`, with bounds of its derivatives and of its root.
         y: The values to invert, with shape (B, 1, N).
         solver: Method, tolerance and number of iterations.
-        fast: The same function, evaluated faster for all elements at once.
+        fast: A faster version of the function, which evaluates all elements.
         may_branch: Whether the number of iterations may depend on values.
     """
     x = function.start(y)
@@ -187,7 +193,7 @@ def solve_increasing(
     if solver.method == "banach":
         return _banach(evaluate, y, x, aim, solver.max_iter or 100, may_branch)
     limit = solver.max_iter or (200 if may_branch else 40)
-    # Below round-off, only the residual itself tells by how much the tolerance is missed.
+    # For tolerances below round-off, the error has to be computed from the residual.
     if not may_branch or aim < eps:
         return _safeguarded(function, y, x, aim, limit, may_branch)
     return _halley(function, evaluate, y, x, aim, limit)
@@ -207,7 +213,7 @@ def _banach(
     limit: int,
     may_branch: bool,
 ) -> Root:
-    """Algorithm 1 of the paper."""
+    """Runs Algorithm 1 of the paper."""
     for iteration in range(limit + 1):
         error = evaluate(x)[0] - y
         worst = _relative(error, x, y)
@@ -225,11 +231,11 @@ def _halley(
     aim: float,
     limit: int,
 ) -> Root:
-    r"""Halley's steps for all elements, then safeguarded ones for those that need them.
+    r"""Runs Halley's method for all elements, then safeguarded steps for those that need them.
 
-    After the step :math:`\delta`, the residual is at most :math:`|\delta|^3 (3 M_2^2 / 8 f'(x) +
-    M_3 / 6)`, where :math:`M_2` and :math:`M_3` bound second and third derivative. This tells of
-    most elements that they have converged, without evaluating the function again.
+    After a step :math:`\delta`, the residual is at most :math:`|\delta|^3 (3 M_2^2 / 8 f'(x) +
+    M_3 / 6)`, where :math:`M_2` and :math:`M_3` bound second and third derivative. For most
+    elements, this shows that they have converged without another evaluation of the function.
     """
     xp = function.xp
     second, third = function.bounds()
@@ -248,7 +254,7 @@ def _halley(
             x = x + step
             iteration += 1
         residual = abs(step * step * step) * (square / slope + cubic)
-        # Where the step was cut, the bound does not hold.
+        # The bound does not hold where the step was clipped.
         converged = (residual <= enough) & (half == turn)
         count = size - int(converged.sum())
     if count == 0:
@@ -269,7 +275,7 @@ def _halley(
 def _safeguarded(
     function: Sinusoid, y: Array, x: Array, aim: float, limit: int, may_branch: bool = True
 ) -> Root:
-    """Newton's method, with bisection where it leaves the bracket or gains less than a bit."""
+    """Runs Newton's method, with bisection where a step leaves the bracket or is too slow."""
     xp = function.xp
     eps = float(xp.finfo(y.dtype).eps)
     lower, upper = function.bracket(y)
@@ -279,7 +285,7 @@ def _safeguarded(
     previous = xp.full_like(error, float("inf"))
     for iteration in range(limit + 1):
         done = abs(error) <= aim * (1 + abs(x) + abs(y))
-        done = done | (upper - lower <= 2 * eps * abs(x))  # no number left between them
+        done = done | (upper - lower <= 2 * eps * abs(x))  # no floating-point number in between
         if iteration == limit or (may_branch and bool(done.all())):
             break
         lower = xp.where(error < 0, x, lower)
@@ -295,7 +301,7 @@ def _safeguarded(
 
 
 def report(roots: Sequence[Root], elements: int, solver: Solver, eps: float) -> None:
-    """Records the roots of the sinusoids of a chain, which had so many elements each.
+    """Records the roots of the sinusoids of a chain, each with ``elements`` elements.
 
     Warns:
         InversionWarning: If the tolerance is missed.

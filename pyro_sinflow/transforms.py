@@ -1,8 +1,8 @@
-r"""Triangular maps, the LDU blocks that are made of them, and compositions.
+r"""Triangular transforms, LDU blocks and compositions.
 
-They hold tensors and callables only; :mod:`pyro_sinflow.lazy`, :mod:`pyro_sinflow.modules` and
-:mod:`pyro_sinflow.flows` own the parameters. The explicit direction is ``t(x)``, the iterative one
-is ``t.inv(y)``.
+They hold tensors and callables. The modules in :mod:`pyro_sinflow.lazy`,
+:mod:`pyro_sinflow.modules` and :mod:`pyro_sinflow.flows` own the parameters. The explicit direction
+is ``t(x)``, the iterative direction is ``t.inv(y)``.
 """
 
 from __future__ import annotations
@@ -31,33 +31,38 @@ class TriangularTransform(Bijection):
 
     .. math:: y_i = \tau(x_i; h_i(x_{<i}))
 
-    It is :class:`zuko.transforms.AutoregressiveTransform`, for any order of the features, with the
-    number of passes of the inverse turned from a count into a bound: :math:`x \leftarrow
-    \tau^{-1}(y; h(x))` is repeated until nothing changes any more. As many passes as features are
-    always enough; usually a handful is.
+    It is like :class:`zuko.transforms.AutoregressiveTransform`, for any order of the features, but
+    the inverse stops early: :math:`x \leftarrow \tau^{-1}(y; h(x))` is repeated until x no longer
+    changes. As many passes as there are features are always enough; usually far fewer are needed.
 
     References:
         | Sinusoidal Flow: A Fast Invertible Autoregressive Flow (Wei, 2021), Eq. 5 and Table 2
         | https://arxiv.org/abs/2110.13344
 
     Args:
-        conditioner: Returns, given x, the element-wise increasing transformation :math:`\tau`: one
-            of :mod:`zuko.transforms`, a :class:`SinusoidalTransform`, or a composition. Its
-            parameters for a feature must depend on the features before it alone. It must be
-            deterministic. Gradients of the inverse reach whatever it depends on. An
-            :class:`~pyro_sinflow.autoregressive.AutoregressiveMap` may know a faster inverse.
-        passes: A bound of the number of passes, where one lower than the number of features is
-            known (2 for a coupling). If :py:`None`, the number of features.
+        conditioner: A function that takes x, with shape :math:`(*, \text{features})`, and returns
+            the element-wise increasing transformation :math:`\tau`: one of
+            :mod:`zuko.transforms`, a :class:`SinusoidalTransform`, or a composition. Its parameters
+            for a feature must depend only on the features before it, and it must be deterministic.
+            Gradients of the inverse reach all tensors that it depends on. An
+            :class:`~pyro_sinflow.AutoregressiveMap` can add a faster inverse; it has its own
+            ``passes`` and ``event_dim``, and those given here are ignored.
+        passes: An upper bound on the number of passes (2 for a coupling). If :py:`None`, the number
+            of features.
         event_dim: The number of dimensions of x that make up an event: 1 for vectors, 3 for
             images :math:`(C, H, W)`.
-        batch_shape: The batch shape of what the conditioner depends on, with which inputs
-            broadcast in ``forward_shape``.
+        batch_shape: The batch shape of the tensors that the conditioner depends on.
+            ``forward_shape`` broadcasts it with the shape of inputs.
         solver: How the inverse is computed.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
 
     Raises:
-        TypeError: If the conditioner is not callable, or returns something else than a transform.
-        ValueError: If a size is not positive.
+        TypeError: If ``conditioner`` is not callable, a size is not an integer, or ``solver`` is
+            not a :class:`Solver`. When the transform is called: if ``conditioner`` does not return
+            a transform.
+        ValueError: If a size is not positive, or ``cache_size`` is neither 0 nor 1.
+        InversionError: When the inverse is called: if the map is not triangular or not
+            deterministic, or if all events leave the range of the dtype.
 
     Example:
         >>> weight = torch.randn(3, 3).tril(-1)
@@ -83,11 +88,7 @@ class TriangularTransform(Bijection):
         super().__init__(cache_size=cache_size)
 
         if not isinstance(conditioner, AutoregressiveMap):
-            conditioner = AutoregressiveMap(
-                check.function("conditioner", conditioner),
-                check.size("event_dim", event_dim),
-                None if passes is None else check.size("passes", passes),
-            )
+            conditioner = AutoregressiveMap(conditioner, event_dim, passes)
         if type(solver) is not Solver:
             check.instance("solver", solver, Solver)
         if batch_shape != ():
@@ -119,7 +120,7 @@ class Composition(Bijection):
 
     Args:
         transforms: The transforms, in the order in which they are applied.
-        context_shape: The batch shape of their context, with which that of the input broadcasts.
+        context_shape: The batch shape of their context, which broadcasts with that of the input.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
     """
 
@@ -172,12 +173,12 @@ class Composition(Bijection):
 
 
 class LDUTransform(Composition):
-    r"""Creates an LDU block: an upper triangular, a diagonal and a lower triangular map in a row.
+    r"""Creates an LDU block: an upper triangular, then a diagonal, then a lower triangular map.
 
     .. math:: f(x) = (L \circ D \circ U)(x)
 
-    Its Jacobian is dense, and the determinant is the product of the three diagonals. With shifts
-    for U and L, which have ones on the diagonal, it is the product of the slopes of D.
+    Its Jacobian is dense, and the determinant is the product of the three diagonals. If U and L
+    only shift, their diagonals are ones, and the determinant is the product of the slopes of D.
 
     References:
         | Sinusoidal Flow: A Fast Invertible Autoregressive Flow (Wei, 2021), Eq. 17 and Table 2
@@ -185,14 +186,17 @@ class LDUTransform(Composition):
 
     Args:
         upper: The map U, in which features depend on those after them.
-        diagonal: The element-wise map D: a :class:`SinusoidalTransform`, or several composed.
+        diagonal: The element-wise map D: a :class:`SinusoidalTransform`, or a composition of
+            several.
         lower: The map L, in which features depend on those before them.
-        batch_shape: The batch shape with which inputs broadcast in ``forward_shape``.
+        batch_shape: The batch shape of the parts. ``forward_shape`` broadcasts it with the shape of
+            inputs.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
 
     Raises:
-        TypeError: If an argument is not a transform.
-        ValueError: If a transform is not bijective.
+        TypeError: If an argument is not a transform, or ``batch_shape`` is not a sequence of
+            integers.
+        ValueError: If a transform is not bijective, or ``cache_size`` is neither 0 nor 1.
 
     Example:
         >>> block = LDU(3)

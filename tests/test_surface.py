@@ -1,7 +1,9 @@
-"""What users see: messages that say what to do instead, signatures, representations."""
+"""What users see: messages that say what to do instead, signatures, representations, reference."""
 
 import inspect
+import re
 from math import isfinite
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -16,6 +18,7 @@ from pyro.nn.module import to_pyro_module_
 from pyro.optim import Adam
 from torch import nn
 
+import pyro_sinflow
 from pyro_sinflow import (
     LDU,
     ConditionalLDU,
@@ -241,3 +244,35 @@ def test_a_univariate_by_hand():
     assert "SinusoidalTransform" in repr(t)
     assert "MaskedNetwork(" in repr(t)
     assert "SinusoidalTransform" in repr(t())
+
+
+REFERENCE = (Path(__file__).parent.parent / "docs" / "reference.rst").read_text()
+EXCEPTIONS = ("InversionError", "InversionWarning")
+
+
+@pytest.mark.parametrize("name", pyro_sinflow.__all__)
+def test_public_names_are_in_the_reference(name):
+    assert re.search(rf"^\.\. (auto|py:)\w+:: {name}$", REFERENCE, re.MULTILINE)
+
+
+def documented(text):
+    """The names in the section of arguments; "first, ..., last" stands for those in between."""
+    section = text.partition("Args:")[2].partition("\n\n")[0]
+    for line in re.findall(r"^ {4,8}([\w., ]+): ", section, re.MULTILINE):
+        yield from (name.strip() for name in line.split(","))
+
+
+@pytest.mark.parametrize("name", sorted({*pyro_sinflow.__all__} - {"__version__", *EXCEPTIONS}))
+def test_docstrings_have_arguments_errors_and_an_example(name):
+    thing = getattr(pyro_sinflow, name)
+    text = inspect.getdoc(thing)
+    assert "Example:\n    >>> " in text
+    parameters = [*inspect.signature(thing).parameters]
+    if parameters:
+        names = [*documented(text)]
+        if "..." in names:
+            i = names.index("...")
+            first, last = parameters.index(names[i - 1]), parameters.index(names[i + 1])
+            names += parameters[first:last]
+        assert {*parameters} <= {*names}
+        assert "Raises:\n" in text or name == "Inversion"  # a tuple, which checks nothing

@@ -1,10 +1,10 @@
-"""Chains of sinusoids, evaluated and inverted by the fastest means that the tensors allow.
+"""Chains of sinusoids, evaluated and inverted by the fastest implementation that is available.
 
-Plain tensors take a fused implementation, with one node in the graph and its gradient in closed
-form: on a GPU kernels of Triton, if it is installed; few numbers on a CPU by numpy, whose calls
-take less time; all else by torch. Whatever looks at more than values and reverse differentiation
-(``torch.compile``, ``torch.func``, forward mode, batched gradients, ``torch.jit.trace``, tensor
-subclasses) takes plain operations of torch.
+Plain tensors use a fused implementation, with one node in the graph and its gradient in closed
+form: kernels of Triton on a GPU, if Triton is installed; numpy for small arrays on a CPU, because
+its calls have less overhead; torch otherwise. Plain operations of torch are used for
+``torch.compile``, ``torch.func``, forward mode, batched gradients, ``torch.jit.trace`` and tensor
+subclasses.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from . import eager
 
 R = TypeVar("R")
 
-_FEW = 2**16  # elements of temporaries, up to which numpy is faster where parameters are shared
-_BLOCK = 2**22  # elements, up to which temporaries stay in the processor's cache
+_FEW = 2**16  # largest temporary for which numpy is faster, if parameters are shared
+_BLOCK = 2**22  # elements of temporaries that fit in the processor's cache
 
 
 @honours_torch_function
@@ -116,7 +116,7 @@ def _blocks(x: Tensor, parameters: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @cache
 def _load_triton(device: torch.device) -> ModuleType | None:
-    """Returns the kernels of Triton if they run on a device, which a first launch tells."""
+    """Returns the kernels of Triton if a first launch on the device succeeds."""
     try:
         from . import triton
     except ImportError:
@@ -125,20 +125,20 @@ def _load_triton(device: torch.device) -> ModuleType | None:
         x = torch.zeros(1, device=device)
         triton.forward(x, x.new_zeros(1, 4), min_slope=0.5, save=False)
     except Exception as error:  # such as no C compiler, or a GPU that is too old
-        warnings.warn(f"Sinusoids do without Triton, which failed: {error}", stacklevel=2)
+        warnings.warn(f"The Triton kernels failed and are not used: {error}", stacklevel=2)
         return None
     return triton
 
 
 def _triton(x: Tensor, parameters: Tensor) -> ModuleType | None:
-    """Returns the kernels of Triton if they take these tensors."""
+    """Returns the kernels of Triton if they support these tensors."""
     if not x.is_cuda or parameters.device != x.device or parameters.dtype != x.dtype:
         return None
     return _load_triton(x.device) if x.dtype in (torch.float32, torch.float64) else None
 
 
 def _run(function: Callable[..., R], *tensors: Tensor) -> R:
-    """Calls a function of arrays without a graph, by the library that is faster.
+    """Calls a function of arrays without a graph, with numpy or torch, whichever is faster.
 
     Args:
         function: The function, which takes the library as ``xp``.
@@ -161,7 +161,7 @@ def _tensor(array: Array) -> Tensor:
 def _forward(
     x: Tensor, parameters: Tensor, min_slope: float, save: bool = True
 ) -> tuple[Tensor, Tensor, Sequence[Array]]:
-    """Returns value and log-slope without a graph, and, to be saved, what the gradient needs."""
+    """Returns value and log-slope without a graph, and what to save for the gradient."""
     if gpu := _triton(x, parameters):
         return gpu.forward(x, parameters, min_slope=min_slope, save=save)
     y, ladj, saved = _run(partial(eager.forward, min_slope=min_slope), x, parameters)
@@ -195,7 +195,8 @@ class _Evaluate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, Tensor]:
         y, ladj, saved = _forward(x, parameters, min_slope)
-        # Tensors are saved where hooks, such as those of checkpoints, find them.
+        # Tensors are saved by save_for_backward, so that hooks such as those of checkpoints see
+        # them.
         many = isinstance(saved[0], Tensor)
         ctx.save_for_backward(x, parameters, *(saved if many else ()))
         ctx.min_slope, ctx.arrays = min_slope, None if many else saved
@@ -234,7 +235,7 @@ class _Invert(Function):
             return None, None, None, None
         min_slope, (x, parameters) = ctx.min_slope, ctx.saved_tensors
         if torch.is_grad_enabled() or not can_fuse(g):
-            # The saved root is an output of this very node, to which higher orders thus recur.
+            # The saved root is an output of this node, so higher orders differentiate through it.
             gy = g * (-evaluate(x, parameters, min_slope)[1]).exp()
 
             def value(parameters: Tensor) -> tuple[Tensor]:
@@ -248,7 +249,7 @@ class _Invert(Function):
 
 
 def _invert_plain(y: Tensor, parameters: Tensor, min_slope: float, solver: Solver) -> Tensor:
-    """Finds the root without a graph, and lets Newton steps carry the derivatives."""
+    """Finds the root without a graph, then takes Newton steps with one for the derivatives."""
     rows, raw = eager.arrange_all(y.detach(), parameters.detach(), PLAIN)
     may_branch = can_branch_on(y, parameters)
     roots = []
@@ -258,8 +259,8 @@ def _invert_plain(y: Tensor, parameters: Tensor, min_slope: float, solver: Solve
     if may_branch:
         report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
     x = eager.restore(rows, y.shape)
-    # Each step squares the error, so that n steps have 2^n - 1 right derivatives. torch.compile
-    # takes no more than one.
+    # Each step squares the error, so that n steps have 2^n - 1 correct derivatives. torch.compile
+    # supports only first derivatives, for which one step is enough.
     compiling = torch.compiler.is_compiling()
     steps = torch.is_grad_enabled() if compiling else (differentiation_levels() + 2).bit_length()
     for _ in range(steps):

@@ -1,9 +1,9 @@
 """A chain of sinusoids, evaluated, differentiated and inverted in closed form.
 
-Value, derivatives and gradients are linear in the waves P and Q. Where the numbers of a row share
-their parameters, small matrix products give them; where each number has its own, sums over the
-components do. Nothing of size N * K outlives a call: the backward pass keeps the inputs and slopes
-of the sinusoids, and computes the rest again.
+Value, derivatives and gradients are linear in the waves P and Q. If the numbers of a row share
+their parameters, they are computed by small matrix products; if each number has its own, by sums
+over the components. No tensor of size N * K is kept after a call: the inputs and slopes of the
+sinusoids are saved for the backward pass, which computes the rest again.
 
 The layout is that of :mod:`pyro_sinflow.sinusoid`. Numbers have the shape (*), which ends with the
 batch shape of the parameters. The functions take arrays without a graph, and the library for them.
@@ -23,7 +23,7 @@ from ..arrays import PLAIN, Array
 from ..sinusoid import Chain, bound, constrain, sinusoids
 from ..solvers import Root, Solver, solve_increasing
 
-_FEW = 32  # components, for which matrix products, which add one after the other, lose no digits
+_FEW = 32  # components up to which matrix products, which sum sequentially, are accurate
 
 
 def arrange(x: Array, batch: Sequence[int]) -> Array:
@@ -33,7 +33,7 @@ def arrange(x: Array, batch: Sequence[int]) -> Array:
 
 
 def arrange_all(x: Array, parameters: Array, xp: SimpleNamespace) -> tuple[Array, Array]:
-    """Brings numbers, and parameters that each of them may own, into the layout."""
+    """Brings numbers and parameters, shared or one set for each number, into the layout."""
     *batch, m, size = parameters.shape
     numbers = xp.contiguous(arrange(x, batch))
     if x.ndim > len(batch) or not batch:
@@ -61,7 +61,7 @@ def plain(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, Tens
 def forward(
     x: Array, parameters: Array, *, min_slope: float, xp: SimpleNamespace
 ) -> tuple[Array, Array, Sequence[Array]]:
-    """Returns value, log-slope and what the backward pass needs."""
+    """Returns value, log-slope and what to save for the backward pass."""
     value, raw = arrange_all(x, parameters, xp)
     chain = constrain(raw, min_slope, xp)
     inputs, slopes = [], []
@@ -110,7 +110,7 @@ def backward(
 def invert(
     y: Array, parameters: Array, *, min_slope: float, solver: Solver, xp: SimpleNamespace
 ) -> tuple[Array, list[Root]]:
-    """Returns the numbers with the values y, and what was found for each sinusoid."""
+    """Returns the numbers with the values y, and the result of the solver for each sinusoid."""
     rows, raw = arrange_all(y, parameters, xp)
     chain = constrain(raw, min_slope, xp)
     functions = _functions(chain, xp, curvature=True)
@@ -168,7 +168,7 @@ def _functions(
 class _Reduced(NamedTuple):
     """Cotangents of value and slope times waves, summed over numbers that share their parameters.
 
-    The shape is (M, B, K, P), but for the last three: (M, B, 1, P).
+    The shape is (M, B, K, P); that of the last three is (M, B, 1, P).
     """
 
     p: Array  # of the value, times P / a
@@ -184,7 +184,7 @@ class _Reduced(NamedTuple):
 
 
 class _ByProducts:
-    """What derivatives need where numbers share their parameters."""
+    """Intermediate results for derivatives, if numbers share their parameters."""
 
     def __init__(self, xs: Array, chain: Chain, xp: SimpleNamespace) -> None:
         self.xs, self.chain, self.xp = xs, chain, xp
@@ -226,7 +226,7 @@ class _ByProducts:
 
 
 class _BySums:
-    """What derivatives need where each number has its own parameters."""
+    """Intermediate results for derivatives, if each number has its own parameters."""
 
     def __init__(self, xs: Array, chain: Chain, xp: SimpleNamespace) -> None:
         self.xs, self.chain, self.xp = xs, chain, xp
@@ -271,8 +271,8 @@ def _parameter_gradients(
     a, w, alpha, amplitude, u, v, _ = chain
     eps = float(xp.finfo(a.dtype).eps)
     limit = bound(min_slope, eps)
-    # The derivative of P / a by a is (x cos(2ax) - P / a) / a, a difference of nearly equal numbers
-    # where ax is small: there, it is the first term of its series.
+    # The derivative of P / a by a is (x cos(2ax) - P / a) / a. For small ax, this is a difference
+    # of nearly equal numbers, and is replaced by the first term of its series.
     squares = a * a
     small = squares * reduced.square < eps**0.5
     by_p = xp.where(small, squares * reduced.cubic * (-4 / 3), reduced.x_cosine - reduced.p)

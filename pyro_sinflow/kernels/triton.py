@@ -1,12 +1,12 @@
 """Chains of sinusoids on a GPU: value, gradients and inverse, each in one launch of a kernel.
 
-The functions are those of :mod:`pyro_sinflow.kernels.eager`, and so are their formulas. A program
-holds a block of numbers as a column, and the components of one sinusoid as rows: one row for all
-numbers if they share their parameters, one for each number if not. Parameters come unconstrained,
-and so do their cotangents go: the constraint is computed, and differentiated, in registers.
+Functions and formulas are those of :mod:`pyro_sinflow.kernels.eager`. A program holds a block of
+numbers as a column, and the components of one sinusoid as rows: one row for all numbers if they
+share their parameters, otherwise one row for each number. Parameters are unconstrained, and so are
+their cotangents: the constraint is computed and differentiated in registers.
 
-No program writes where another does, and sums are taken in a fixed order: results are
-deterministic. This module can be imported only where Triton is installed, and recent enough.
+Each program writes to its own memory, and sums have a fixed order, so results are deterministic.
+The import of this module fails if Triton is not installed, or too old.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ..solvers import Root, Solver
 if [*map(int, triton.__version__.split(".")[:2])] < [3, 2]:
     raise ImportError("The compilers of Triton 3.0 and 3.1 crash on these kernels.")
 
-_TILE = 512  # numbers times components of a program
+_TILE = 512  # numbers times components in a program
 
-# In what follows, Python's numbers take part by operators alone: there, they take the dtype of the
-# tensor, while functions such as tl.where would round them to float32.
+# Below, Python numbers are combined with tensors only by operators, where they take the dtype of
+# the tensor. Functions such as tl.where would round them to float32.
 
 
 @triton.jit
 def _expm1(x):
-    """Returns exp(x) - 1: the error of exp(x) drops out of the ratio (Kahan)."""
+    """Returns exp(x) - 1, by a ratio in which the error of exp(x) cancels (Kahan)."""
     e = tl.exp(x)
     return tl.where(e == 1, x, (e - 1) * x / tl.log(e))
 
@@ -43,7 +43,7 @@ def _expm1(x):
 def _softplus(x):
     e = tl.exp(-tl.abs(x))
     more = e + 1
-    # log(1 + e), again by a ratio from which the error of 1 + e drops out.
+    # log(1 + e), by a ratio in which the error of 1 + e cancels.
     return tl.maximum(x, 0.0) + tl.where(more == 1, e, tl.log(more) * e / (more - 1))
 
 
@@ -57,10 +57,10 @@ def _tanh(x):
 
 @triton.jit
 def _indices(rows, period, own: tl.constexpr, block: tl.constexpr):
-    """Returns a program's numbers, which of them exist, and its parameters.
+    """Returns the indices and masks of a program's numbers and parameters.
 
-    Numbers are a matrix of so many rows, each of one period, that is of all parameters. If each
-    number has its own, they are a single column.
+    Numbers are a matrix with ``rows`` rows of ``period`` numbers, one for each set of parameters.
+    If each number has its own parameters, the matrix is a single column.
     """
     program = tl.program_id(0).to(tl.int64)  # offsets may exceed 32 bits
     row = program // period * block + tl.arange(0, block)[:, None]
@@ -80,17 +80,17 @@ def _constrain(
 ):  # fmt: skip
     """Returns the sigmoid of the frequencies, and the fields of ``sinusoid.Chain``.
 
-    The parameters are pointers to the first one of a sinusoid, in a column.
+    ``parameters`` is a column of pointers to the first parameter of a sinusoid.
     """
     k = tl.arange(0, width)[None, :]
     inside = ok & (k < count)
     raw = tl.load(parameters + k, inside, other=0.0)
     angle = 2 * tl.load(parameters + count + k, inside, other=0.0)
-    # Components that fill the row up have no weight.
+    # Padding components have weight zero.
     weight = tl.load(parameters + 2 * count + k, inside, other=float("-inf"))
     weight = tl.where(ok, weight, 0.0)
     a = _softplus(raw)
-    a = tl.where(a < smallest, tl.full(a.shape, smallest, a.dtype), a)  # unlike maximum, keeps NaN
+    a = tl.where(a < smallest, tl.full(a.shape, smallest, a.dtype), a)  # tl.maximum would drop NaN
     w = tl.exp(weight - tl.max(weight, axis=1, keep_dims=True))
     w = w / tl.sum(w, axis=1, keep_dims=True)
     residual = _tanh(tl.load(parameters + 3 * count, ok, other=0.0))
@@ -122,7 +122,7 @@ def _forward(
     smallest: tl.constexpr, has_shift: tl.constexpr, own: tl.constexpr, save: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
-    """Value and log-slope, and the inputs of all sinusoids but the first."""
+    """Computes value and log-slope, and the inputs of all sinusoids except the first."""
     size: tl.constexpr = 3 * count + 1 + has_shift
     i, ok, row, row_ok = _indices(rows, period, own, block)
     x = tl.load(x_in + i, ok, other=0.0)
@@ -152,10 +152,10 @@ def _total(t, own: tl.constexpr):
 
 @triton.jit
 def _by_frequency(x, g, h, p, q, a, over_a, u, v, small: tl.constexpr):
-    """Returns the cotangents of the frequencies, over the amplitudes.
+    """Returns the cotangents of the frequencies, divided by the amplitudes.
 
-    The derivative of P / a by a is (x cos(2ax) - P / a) / a, a difference of nearly equal numbers
-    where ax is small: there, it is the first term of its series.
+    The derivative of P / a by a is (x cos(2ax) - P / a) / a. For small ax, this is a difference of
+    nearly equal numbers, and is replaced by the first term of its series.
     """
     cosine = 1 - 2 * q
     t = a * x
@@ -171,14 +171,14 @@ def _backward(
     smallest: tl.constexpr, small: tl.constexpr, has_shift: tl.constexpr, own: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
-    """The cotangents of numbers and of parameters, the latter summed over a program's numbers."""
+    """Computes cotangents of numbers and parameters, the latter summed within a program."""
     size: tl.constexpr = 3 * count + 1 + has_shift
     i, ok, row, row_ok = _indices(rows, period, own, block)
     out = row
     if not own:
         out = tl.program_id(0) + tl.zeros_like(row)
     first = tl.load(x_in + i, ok, other=0.0)
-    g = tl.load(gy_in + i, ok, other=0.0)  # 0 where there is no number, which thus adds nothing
+    g = tl.load(gy_in + i, ok, other=0.0)  # 0 outside of the block, which adds nothing to sums
     gl = tl.load(gl_in + i, ok, other=0.0)
     k = tl.arange(0, width)[None, :]
     inside = row_ok & (k < count)
@@ -228,7 +228,7 @@ def _bracket(z, a, amplitude, eps: tl.constexpr):
 
 @triton.jit
 def _step(x, error, slope, curvature, lower, upper, previous):
-    """Halley's step, or bisection where it leaves the bracket or gains less than a bit."""
+    """Returns a step of Halley's method, or bisection if it leaves the bracket or is too slow."""
     newton = -error / slope
     turn = newton * curvature / slope * 0.5
     turn = tl.minimum(tl.maximum(turn, -0.5), 0.5)
@@ -254,11 +254,11 @@ def _solve(
         value, slope = _value_and_slope(x, p, q, over_a, c, s, shift)
         error = value - y
         done = tl.abs(error) <= aim * (1 + tl.abs(x) + tl.abs(y))
-        done = done | (error != error) | ~ok  # what is not finite has no root
+        done = done | (error != error) | ~ok  # values that are not finite have no root
         if banach:
             new = x - error
         else:
-            done = done | (upper - lower <= 2 * eps * tl.abs(x))  # no number left between them
+            done = done | (upper - lower <= 2 * eps * tl.abs(x))  # adjacent numbers
             lower = tl.where(error < 0, x, lower)
             upper = tl.where(error > 0, x, upper)
             turned = a * (s * (1 - 2 * q) - 2 * c * p)
@@ -281,7 +281,7 @@ def _invert(
     smallest: tl.constexpr, has_shift: tl.constexpr, own: tl.constexpr, eps: tl.constexpr,
     aim: tl.constexpr, max_iter: tl.constexpr, banach: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The root; and of each program, the largest relative error and the most iterations."""
+    """Computes the root and, for each program, the largest error and number of iterations."""
     size: tl.constexpr = 3 * count + 1 + has_shift
     i, ok, row, row_ok = _indices(rows, period, own, block)
     x = tl.load(y_in + i, ok, other=0.0)
@@ -302,7 +302,7 @@ def _invert(
 
 
 def _plan(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[int, dict[str, Any]]:
-    """Returns how many programs there are, and what all kernels take.
+    """Returns the number of programs, and the arguments that all kernels share.
 
     Blocks have one of two sizes, so that few variants of a kernel are compiled.
     """
@@ -335,7 +335,7 @@ def _plan(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[int, dict[st
 def forward(
     x: Tensor, parameters: Tensor, *, min_slope: float, save: bool
 ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-    """Returns value, log-slope and, to be saved, what the backward pass needs."""
+    """Returns value, log-slope and what to save for the backward pass."""
     x, parameters = x.contiguous(), parameters.contiguous()
     programs, constants = _plan(x, parameters, min_slope)
     y, ladj = torch.empty_like(x), torch.empty_like(x)
@@ -358,7 +358,7 @@ def backward(
     x, parameters = x.contiguous(), parameters.contiguous()
     programs, constants = _plan(x, parameters, min_slope)
     gx = torch.empty_like(x)
-    # Each program has sums of its own: a second sum, over few of them, is deterministic.
+    # Each program writes its own sums. A second sum over them is deterministic.
     blocks = 1 if constants["own"] else programs // constants["period"]
     gp = parameters.new_empty(blocks, *parameters.shape)
     with torch.cuda.device_of(x):
@@ -372,10 +372,10 @@ def backward(
 def invert(
     y: Tensor, parameters: Tensor, *, min_slope: float, solver: Solver
 ) -> tuple[Tensor, list[Root]]:
-    """Returns the numbers with the values y, and what was found for each sinusoid.
+    """Returns the numbers with the values y, and the result of the solver for each sinusoid.
 
-    The host waits once, to read how many iterations there were and with which error, as a
-    failure is never silent.
+    The host waits once to read the number of iterations and the error, so that a failure is
+    reported.
     """
     y, parameters = y.contiguous(), parameters.contiguous()
     programs, constants = _plan(y, parameters, min_slope)
