@@ -175,7 +175,7 @@ def cases() -> Iterator:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")  # of few iterations
-@pytest.mark.parametrize(("row", "column", "variant"), cases())
+@pytest.mark.parametrize(("row", "column", "variant"), [*cases()])
 def test_cell(row, column, variant, monkeypatch):
     # torch's own distributions look at values, which fake and exported tensors lack.
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
