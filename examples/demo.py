@@ -204,14 +204,9 @@ def densities(steps: int, out: Path) -> Path:
     features = data.train.shape[1]
     options = {"hidden_features": (64, 64), "activation": nn.ELU}
     flows: dict[str, Callable[[], Flow]] = {
-        "SinusoidalFlow, autoregressive": lambda: SinusoidalFlow(
-            features, transforms=3, conditioner="autoregressive", **options
-        ),
-        "SinusoidalFlow, scale": lambda: SinusoidalFlow(
-            features, transforms=3, scale=True, **options
-        ),
-        "SinusoidalFlow, shift": lambda: SinusoidalFlow(
-            features, transforms=3, scale=False, **options
+        "SinusoidalFlow": lambda: SinusoidalFlow(features, **options),
+        "SinusoidalFlow, LDU blocks": lambda: SinusoidalFlow(
+            features, conditioner="independent", **options
         ),
         "NSF": lambda: zuko.flows.NSF(features, transforms=3, **options),
         "MAF": lambda: zuko.flows.MAF(features, transforms=6, **options),

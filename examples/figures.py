@@ -70,7 +70,9 @@ def staircase(args: argparse.Namespace) -> Results:
 
 LINES: Flows = {
     # With one feature, L and U have nothing to depend on: they shift by a constant.
-    "D-scales": lambda: SinusoidalFlow(1, transforms=1, sinusoids=32),
+    "D-scales": lambda: SinusoidalFlow(
+        1, transforms=1, conditioner="independent", tails=False, sinusoids=32
+    ),
     "MAF": lambda: zuko.flows.MAF(1),
 }
 
@@ -120,12 +122,16 @@ def mixture(args: argparse.Namespace) -> Results:
 
 # Figure 4
 
+BLOCKS: dict[str, Any] = {
+    "transforms": 8,
+    "conditioner": "independent",
+    "hidden_features": (100,),
+}
+PAPER: dict[str, Any] = {**BLOCKS, "linear": False, "tails": False}
 PLANES: Flows = {
-    "LDU blocks": lambda: SinusoidalFlow(2, transforms=8, scale=False, hidden_features=(100,)),
-    "LDU blocks, scale": lambda: SinusoidalFlow(
-        2, transforms=8, hidden_features=(100,), scale=True, activation=nn.Tanh
-    ),
-    "autoregressive": lambda: SinusoidalFlow(2, transforms=4, conditioner="autoregressive"),
+    "the paper's LDU blocks": lambda: SinusoidalFlow(2, scale=False, **PAPER),
+    "LDU blocks": lambda: SinusoidalFlow(2, activation=nn.Tanh, **BLOCKS),
+    "default": lambda: SinusoidalFlow(2, transforms=4),
     "NSF": lambda: zuko.flows.NSF(2, transforms=4),
 }
 

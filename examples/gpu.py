@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     data = Data(*(part.to(device) for part in patches(args.seed)))
     flow = SinusoidalFlow(
-        data.train.shape[1], transforms=args.blocks, hidden_features=(256, 256)
+        data.train.shape[1],
+        transforms=args.blocks,
+        conditioner="independent",
+        hidden_features=(256, 256),
     ).to(device)
     # What a graph reads and writes stays where it is: a batch is copied into this tensor.
     batch = data.train[: args.rows].clone()

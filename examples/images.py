@@ -121,14 +121,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = replace(preset.budget, steps=args.steps or preset.budget.steps)
     parts = preset.read(args.data_root)
     data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
-    options: dict[str, Any] = {"transforms": args.blocks or preset.blocks}
+    blocks: dict[str, Any] = {
+        "conditioner": "independent",
+        "transforms": args.blocks or preset.blocks,
+    }
     shape = data.train.shape[1:]
     flows: dict[str, Callable[[], Flow]] = {
-        "PixelCNN": lambda: SinusoidalFlow(shape, scale=False, **CNN, **options),
+        "PixelCNN": lambda: SinusoidalFlow(shape, scale=False, **CNN, **blocks),
         "PixelCNN, scale": lambda: SinusoidalFlow(
-            shape, scale=True, activation=nn.Tanh, **CNN, **options
+            shape, scale=True, activation=nn.Tanh, **CNN, **blocks
         ),
-        "masked MLP": lambda: SinusoidalFlow(shape, scale=False, **options),
+        "masked MLP": lambda: SinusoidalFlow(shape, scale=False, **blocks),
     }
 
     args.out.mkdir(parents=True, exist_ok=True)

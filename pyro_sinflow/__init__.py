@@ -2,10 +2,12 @@
 
 from ._version import __version__
 from .autoregressive import AutoregressiveMap
+from .block import ConditionalLDU
 from .element_wise import SinusoidalTransform
-from .flows import FastInverse, SinusoidalFlow, fast_inverse
+from .fast import FastInverse, fast_inverse
+from .flows import SinusoidalFlow
 from .guides import AutoLDU
-from .lazy import ConditionalLDU, LazyTriangular
+from .lazy import LazyTriangular
 from .modules import LDU, Sinusoidal, conditional_ldu, ldu, sinusoidal
 from .networks import MaskedNetwork
 from .pixelcnn import PixelCNN

@@ -1,35 +1,36 @@
-"""Flows for zuko: the Sinusoidal Flow, and the fast inverse for zuko's own flows."""
+"""The Sinusoidal Flow, for zuko."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Transform
 from zuko.distributions import DiagNormal
-from zuko.flows import MaskedAutoregressiveTransform
 from zuko.lazy import (
     Flow,
     LazyComposedTransform,
-    LazyInverse,
-    LazyTransform,
     UnconditionalDistribution,
 )
-from zuko.transforms import AutoregressiveTransform
 
 from . import _validate as check
-from .autoregressive import NetworkMap
+from .block import ConditionalLDU
 from .element_wise import Affine, SinusoidalChain
-from .lazy import ConditionalLDU, Lazy, LazyAffine, LazyTriangular, initial_sinusoids
+from .lazy import (
+    Lazy,
+    LazyAffine,
+    LazyAsinh,
+    LazyLinear,
+    LazyTriangular,
+    initial_sinusoids,
+)
 from .masks import check_adjacency
-from .networks import MaskedNetwork, weight_dtype
+from .networks import MaskedNetwork
 from .solvers import Solver
-from .transforms import Composition, TriangularTransform
+from .transforms import Composition
 
 
 class _LazyComposition(LazyComposedTransform):
@@ -45,13 +46,15 @@ class _LazyComposition(LazyComposedTransform):
 class SinusoidalFlow(Flow):
     r"""Creates a Sinusoidal Flow.
 
-    The density of given features is computed in one pass; sampling takes a few passes through each
-    network. The last transformation, next to the noise, is an element-wise affine map, because
-    sinusoids do not change the scale of the tails.
+    .. math:: f = A \circ T_n \circ W_n \circ \dots \circ T_1 \circ W_1 \circ C
+
+    C compresses the tails of each feature. Each W is a linear map, and each T a triangular
+    transformation or an LDU block. A is an element-wise affine map. Scoring takes one pass through
+    each network, sampling a few.
 
     Warning:
-        It is recommended to standardize features (zero mean, unit variance) before training. The
-        initial frequencies are chosen for such data.
+        Standardize features (zero mean, unit variance) before training. The initial frequencies
+        have periods that suit such data.
 
     References:
         | Sinusoidal Flow: A Fast Invertible Autoregressive Flow (Wei, 2021)
@@ -64,43 +67,46 @@ class SinusoidalFlow(Flow):
         randperm: Whether each transformation has a random order of the features. If :py:`False`,
             the order is ascending; for the autoregressive conditioner it alternates between
             ascending and descending.
-        conditioner: ``"independent"`` for LDU blocks, whose sinusoids do not depend on the
-            features; ``"autoregressive"`` for the paper's Eq. 11, where a masked network computes
-            all parameters of an affine map and a chain of sinusoids.
+        conditioner: ``"autoregressive"`` for the paper's Eq. 11, where a masked network computes
+            all parameters of an affine map and a chain of sinusoids; ``"independent"`` for LDU
+            blocks, whose sinusoids do not depend on the features.
+        linear: Whether a linear map precedes each transformation. It is initialized to the
+            identity. If :py:`None`, it does where an event is a vector and there is no
+            ``adjacency``.
+        tails: Whether :math:`\text{asinh}(b x) / b`, with a learned b for each feature, is applied
+            to the data first. It keeps outliers of heavy-tailed data within reach of the networks.
+        scale: Whether LDU blocks scale features in addition to shifting them. The block of the
+            paper is ``scale=False``. The autoregressive conditioner always scales.
+        max_scale: The largest factor, greater than 1, of each affine map that depends on other
+            features. The smallest is its reciprocal.
+        sinusoids: The number of sinusoids in a chain. If :py:`None`, 2 for the autoregressive
+            conditioner and 4 for the independent one.
+        components: The number of components K of each sinusoid.
+        context_diagonal: Whether the parameters of the sinusoids of LDU blocks depend on the
+            context.
+        min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
+        network: The constructor of the networks: :class:`pyro_sinflow.MaskedNetwork`, or a
+            constructor with the same options. For the autoregressive conditioner, the network needs
+            a method ``set_bias``.
+        hidden_features: The numbers of hidden features of each network.
+        activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
+        residual: Whether the masked networks use residual blocks.
+        dropout: The probability, in :math:`[0, 1)`, that a hidden unit is dropped in training.
+            Call ``.eval()`` before sampling.
+        solver: How the inverse is computed.
         adjacency: Which features and context features each feature depends on, instead of an order:
             the matrix that :class:`pyro_sinflow.MaskedNetwork` takes. It is an option of the
             autoregressive conditioner. All transformations share it, as in zuko's MAF: with one of
             them, a feature depends on its parents; with several, also on the ancestors that as many
             steps reach.
-        scale: Whether LDU blocks scale features in addition to shifting them. The block of the
-            paper is ``scale=False``. The autoregressive conditioner always scales.
-        max_scale: The largest factor, greater than 1, of each affine map that depends on other
-            features. The smallest is its reciprocal. Larger bounds improve densities little, and
-            a few samples may then lie far out in the tails.
-        sinusoids: The number of sinusoids in a chain. If :py:`None`, 4 for the independent
-            conditioner and 2 for the autoregressive one.
-        components: The number of components K of each sinusoid.
-        context_diagonal: Whether the sinusoids of LDU blocks depend on the context.
-        min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
-        network: The constructor of the networks, with the arguments of
-            :class:`pyro_sinflow.MaskedNetwork`. For the autoregressive conditioner, the network
-            needs a method ``set_bias``.
-        shortcut: The learning-rate factor of a linear map from features to shifts that is added to
-            each network. If :py:`None`, 1 for masked networks, and no such map for others. With
-            many rows of data, 8 is often better.
-        hidden_features: The numbers of hidden features of each network.
-        activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
-        residual: Whether the masked networks use residual blocks.
-        dropout: The probability, in :math:`[0, 1)`, that a hidden unit is dropped in training. Call
-            ``.eval()`` before sampling.
-        solver: How the inverse is computed.
 
     Raises:
         TypeError: If an argument has the wrong type, or an option does not apply to the
             conditioner.
         ValueError: If a size is not positive, a number is out of range, ``conditioner`` is unknown,
-            ``activation`` is not element-wise, or ``adjacency`` is not what
-            :class:`pyro_sinflow.MaskedNetwork` takes or is given with ``randperm``.
+            ``activation`` is not element-wise, ``linear`` is :py:`True` for events that are not
+            vectors, or ``adjacency`` is not what :class:`pyro_sinflow.MaskedNetwork` takes or is
+            given with ``randperm`` or ``linear``.
 
     Example:
         >>> flow = SinusoidalFlow(3, context=4, transforms=2)
@@ -117,15 +123,16 @@ class SinusoidalFlow(Flow):
         transforms: int = 3,
         randperm: bool = False,
         *,
-        conditioner: str = "independent",
+        conditioner: str = "autoregressive",
+        linear: bool | None = None,
+        tails: bool = True,
         scale: bool = True,
-        max_scale: float = 2.0,
+        max_scale: float = 10.0,
         sinusoids: int | None = None,
         components: int = 4,
         context_diagonal: bool = False,
         min_slope: float = 1e-3,
         network: Callable[..., nn.Module] = MaskedNetwork,
-        shortcut: float | None = None,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] | None = None,
         residual: bool = False,
@@ -137,25 +144,24 @@ class SinusoidalFlow(Flow):
         check.size("context", context, minimum=0)
         check.size("transforms", transforms)
         check.flag("randperm", randperm)
-        check.choice("conditioner", conditioner, ("independent", "autoregressive"))
+        check.choice("conditioner", conditioner, ("autoregressive", "independent"))
         check.flag("scale", scale)
         check.flag("context_diagonal", context_diagonal)
         independent = conditioner == "independent"
+        if not independent and (not scale or context_diagonal):
+            name = "context_diagonal" if scale else "scale"
+            raise TypeError(f"'{name}' is an option of conditioner='independent' only.")
         seen = None
         if adjacency is not None:
             seen = _context_seen(adjacency, shape, context, independent, randperm)
-        if not independent and (not scale or context_diagonal):
-            name = "context_diagonal" if scale else "scale"
-            raise TypeError(f"'{name}' is an option of the independent conditioner only.")
-        if shortcut is None and network is MaskedNetwork:
-            shortcut = 1.0
+        linear = _check_linear(linear, shape, adjacency is not None)
+        check.flag("tails", tails)
         options: dict[str, Any] = {
             "max_scale": max_scale,
             "sinusoids": (4 if independent else 2) if sinusoids is None else sinusoids,
             "components": components,
             "min_slope": min_slope,
             "network": network,
-            "shortcut": shortcut,
             "hidden_features": hidden_features,
             "activation": activation,
             "residual": residual,
@@ -166,13 +172,15 @@ class SinusoidalFlow(Flow):
         if independent:
             make = partial(ConditionalLDU, scale=scale, context_diagonal=context_diagonal)
 
-        lazy: list[Lazy] = []
+        lazy: list[Lazy] = [LazyAsinh(shape)] if tails else []
         ascending = torch.arange(shape.numel())
         for i in range(transforms):
             order = torch.randperm(shape.numel()) if randperm else ascending
             if i % 2 and not randperm and not independent:
                 order = order.flip(0)
             structure = {"order": order} if adjacency is None else {"adjacency": adjacency}
+            if linear:
+                lazy.append(LazyLinear(shape.numel()))
             lazy.append(make(shape, context, **structure, **options))
         lazy.append(LazyAffine(shape, context, hidden_features, activation, seen))
 
@@ -186,6 +194,23 @@ class SinusoidalFlow(Flow):
         super().__init__(_LazyComposition(*lazy), base)
 
 
+def _check_linear(linear: bool | None, features: Size, adjacency: bool) -> bool:
+    """Returns whether there are linear maps, if they suit the other options."""
+    if linear is None:
+        return len(features) == 1 and not adjacency
+    check.flag("linear", linear)
+    if linear and len(features) != 1:
+        raise ValueError(
+            f"'linear' should be False for events that are not vectors, got {tuple(features)}."
+        )
+    if linear and adjacency:
+        raise ValueError(
+            "'linear' should be False where there is an 'adjacency': a linear map lets each "
+            "feature depend on all others."
+        )
+    return linear
+
+
 def _context_seen(
     adjacency: Any, features: Size, context: int, independent: bool, randperm: bool
 ) -> Tensor:
@@ -196,7 +221,7 @@ def _context_seen(
     """
     if independent:
         raise TypeError(
-            "'adjacency' is an option of the autoregressive conditioner alone: in an LDU block, U "
+            "'adjacency' is an option of the autoregressive conditioner only: in an LDU block, U "
             "has the opposite order of L, so that each feature depends on all connected ones."
         )
     if randperm:
@@ -228,7 +253,6 @@ def _autoregressive(
     components: int,
     min_slope: float,
     network: Callable[..., nn.Module],
-    shortcut: float | None,
     solver: Solver,
     **options: Any,
 ) -> LazyTriangular:
@@ -245,8 +269,6 @@ def _autoregressive(
     check.instance("solver", solver, Solver)
     shapes = [(), (), (sinusoids, 3 * components + 1)]
     outputs = 2 + sinusoids * (3 * components + 1)
-    if shortcut is not None:
-        options["shortcut"] = shortcut
 
     masked: Any = network(features, context, outputs, **options)
     if not hasattr(masked, "set_bias"):
@@ -260,124 +282,3 @@ def _autoregressive(
     univariate = partial(affine_sinusoids, max_scale=max_scale, min_slope=min_slope, solver=solver)
 
     return LazyTriangular(masked, features, univariate, shapes, solver)
-
-
-def _applies_alike(univariate: Any) -> bool:
-    """Whether a constructor treats all features alike, so that it can be applied to a subset.
-
-    It may not if tensors are bound to it, as they may have an entry for each feature.
-    """
-    while isinstance(univariate, partial):
-        values = (*univariate.args, *univariate.keywords.values())
-        if any(isinstance(v, Tensor) for v in values):
-            return False
-        univariate = univariate.func
-    return isinstance(univariate, type) and issubclass(univariate, Transform)
-
-
-def _lowered(function: Callable[[Tensor], Transform], network: nn.Module, x: Tensor) -> Transform:
-    """Evaluates a conditioner in half precision, if its network has weights of that precision."""
-    dtype = weight_dtype(network)
-    return function(x.to(dtype) if dtype.itemsize < 4 else x)
-
-
-class FastInverse(Lazy):
-    r"""Wraps an autoregressive transformation of zuko, so that its inverse takes fewer passes.
-
-    See Also:
-        :class:`pyro_sinflow.TriangularTransform`
-
-    Args:
-        transform: A lazy autoregressive transformation. Its weights are shared.
-        solver: How the inverse is computed.
-
-    Raises:
-        TypeError: If ``transform`` is not a
-            :class:`zuko.flows.autoregressive.MaskedAutoregressiveTransform`, or ``solver`` is not a
-            :class:`Solver`.
-
-    Example:
-        >>> t = FastInverse(zuko.flows.MaskedAutoregressiveTransform(8))
-        >>> x = torch.randn(5, 8)
-        >>> bool(torch.allclose(t().inv(t()(x)), x, atol=1e-4))
-        True
-    """
-
-    def __init__(self, transform: MaskedAutoregressiveTransform, solver: Solver = Solver()) -> None:
-        super().__init__()
-
-        self.transform = check.instance("transform", transform, MaskedAutoregressiveTransform)
-        self.solver = check.instance("solver", solver, Solver)
-
-    def forward(self, c: Tensor | None = None) -> TriangularTransform:
-        """Returns the transformation, given a context."""
-        lazy = self.transform
-        t = check.instance("transform(c)", lazy(c), AutoregressiveTransform)
-        # Whether the transformation evaluates the network in the way of zuko's class.
-        call: Any = t.meta
-        standard = (
-            isinstance(call, partial)
-            and getattr(call.func, "__func__", None) is MaskedAutoregressiveTransform.meta
-            and getattr(call.func, "__self__", None) is lazy
-            and call.args[0] is c
-        )
-        function = NetworkMap(
-            partial(_lowered, t.meta, lazy.hyper),
-            lazy,
-            lazy.hyper if standard and _applies_alike(lazy.univariate) else None,
-            lazy.univariate,
-            lazy.shapes,
-            c,
-            Size([lazy.hyper.out_features // lazy.total]),
-            t.passes,
-        )
-        return TriangularTransform(function, solver=self.solver)
-
-
-def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
-    """Returns a flow whose autoregressive transformations have a fast inverse.
-
-    Args:
-        flow: A flow of zuko, such as MAF, NSF or NAF, or one that is composed of their parts.
-        solver: How the inverses are computed.
-
-    Returns:
-        A flow that shares all weights with the given flow and has the same density.
-
-    Raises:
-        TypeError: If ``flow`` is not a :class:`zuko.lazy.Flow`, or ``solver`` is not a
-            :class:`Solver`.
-
-    Warns:
-        UserWarning: If the flow has no autoregressive transformation.
-
-    Example:
-        >>> nsf = zuko.flows.NSF(8)
-        >>> fast = fast_inverse(nsf)
-        >>> x = fast().sample((5,))
-        >>> bool(torch.allclose(fast().log_prob(x), nsf().log_prob(x)))
-        True
-    """
-    check.instance("flow", flow, Flow)
-    check.instance("solver", solver, Solver)
-    found = False
-
-    def convert(lazy: LazyTransform) -> LazyTransform:
-        nonlocal found
-        if isinstance(lazy, MaskedAutoregressiveTransform):
-            found = True
-            return FastInverse(lazy, solver)
-        if isinstance(lazy, LazyComposedTransform):
-            return type(lazy)(*map(convert, lazy.transforms))
-        if isinstance(lazy, LazyInverse):
-            return convert(lazy.transform).inv
-        return lazy
-
-    fast = Flow(convert(flow.transform), flow.base)
-    if not found:
-        warnings.warn(
-            f"{type(flow).__name__} has no MaskedAutoregressiveTransform, so its inverse stays the "
-            "same.",
-            stacklevel=2,
-        )
-    return fast

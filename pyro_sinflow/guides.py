@@ -17,7 +17,7 @@ from torch.distributions import Transform, biject_to
 
 from . import _validate as check
 from .bijection import at_least_float32
-from .lazy import ConditionalLDU
+from .block import ConditionalLDU
 from .networks import MaskedNetwork
 from .transforms import Composition
 

@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from pyro.distributions.conditional import ConditionalTransform
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
 from zuko.nn import MLP, MaskedMLP
-from zuko.transforms import AdditiveTransform
 
 from . import _validate as check
 from .autoregressive import NetworkMap, name_of, splitter
 from .bijection import at_least_float32
-from .element_wise import Affine, SinusoidalChain
-from .masks import check_order, masked_mlp
+from .element_wise import Affine, Asinh, SinusoidalChain
+from .linear import Linear
+from .masks import masked_mlp
 from .networks import MaskedNetwork, check_context
 from .solvers import Solver
-from .transforms import LDUTransform, TriangularTransform
+from .transforms import TriangularTransform
 
 _FASTER = 10  # the factor from the parameter of LazyAffine to its log-scale
 
@@ -203,6 +201,45 @@ class LazyAffine(LazyElementWise):
         return Affine(shift, scale + (_FASTER - 1) * self.parameter[..., 1])
 
 
+class LazyAsinh(Lazy):
+    r"""Creates a lazy element-wise transformation that compresses tails, with b = 0.3 at first.
+
+    The unconstrained b is a parameter times ten, as the log-scale of :class:`LazyAffine` is.
+
+    Args:
+        features: The shape of an event.
+    """
+
+    def __init__(self, features: Size) -> None:
+        super().__init__()
+
+        self.parameter = nn.Parameter(torch.zeros(features))
+
+    def forward(self, c: Tensor | None = None) -> Asinh:
+        """Returns the transformation, which does not depend on the context."""
+        start = math.log(0.3 / 0.7)  # the logit of 0.3
+        return Asinh(start + _FASTER * at_least_float32(self.parameter))
+
+
+class LazyLinear(Lazy):
+    r"""Creates a lazy linear transformation. It starts as the identity.
+
+    Its matrix is a parameter times three, so that it learns faster than the networks.
+
+    Args:
+        features: The number of features.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+
+        self.weight = nn.Parameter(torch.zeros(features, features))
+
+    def forward(self, c: Tensor | None = None) -> Linear:
+        """Returns the transformation, which does not depend on the context."""
+        return Linear(3 * at_least_float32(self.weight))
+
+
 class LazySinusoids(LazyElementWise):
     r"""Creates a lazy chain of element-wise sinusoids. It starts as the identity.
 
@@ -259,143 +296,3 @@ def initial_sinusoids(*shape: int, components: int) -> Tensor:
     frequency = frequency.expm1().log()  # the inverse of softplus
     phase = torch.empty(*shape, components).uniform_(-math.pi / 2, math.pi / 2)
     return torch.cat((frequency, phase, torch.zeros(*shape, components + 1)), dim=-1)
-
-
-class ConditionalLDU(Lazy):
-    r"""Creates a lazy LDU block, given a context.
-
-    .. math:: f(x | c) = (L \circ D \circ U)(x | c)
-
-    zuko calls ``block(c)``, and Pyro calls ``block.condition(c)``, which returns a transform with a
-    cache. ``block.inv`` supports both as well.
-
-    See Also:
-        :class:`pyro_sinflow.LDU` and :class:`pyro_sinflow.LDUTransform`
-
-    Args:
-        features: The number of features, or their shape.
-        context: The number of context features.
-        context_diagonal: Whether D depends on the context, too.
-        sinusoids, ..., solver: The options of :class:`pyro_sinflow.LDU`.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a size is not positive, ``order`` is not a permutation, a number is out of
-            range, or ``activation`` is not element-wise.
-
-    Example:
-        >>> block = ConditionalLDU(3, context=2)
-        >>> t = block(torch.randn(2))
-        >>> x = torch.randn(5, 3)
-        >>> bool(torch.allclose(t.inv(t(x)), x, atol=1e-4))
-        True
-    """
-
-    def __init__(
-        self,
-        features: int | Sequence[int],
-        context: int = 0,
-        *,
-        sinusoids: int = 4,
-        components: int = 4,
-        scale: bool = True,
-        max_scale: float = 10.0,
-        context_diagonal: bool = False,
-        order: Sequence[int] | Tensor | None = None,
-        min_slope: float = 1e-3,
-        network: Callable[..., nn.Module] = MaskedNetwork,
-        shortcut: float | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] | None = None,
-        residual: bool = False,
-        dropout: float = 0.0,
-        solver: Solver = Solver(),
-    ) -> None:
-        super().__init__()
-
-        shape = check.sizes("features", features)
-        check.size("context", context, minimum=0)
-        check.flag("scale", scale)
-        check.real("max_scale", max_scale, 1.0, math.inf)
-        check.flag("context_diagonal", context_diagonal)
-        check.real("min_slope", min_slope, 0.0, 1.0)
-        check.function("network", network)
-        check.instance("solver", solver, Solver)
-        rank = check_order(order, shape)
-        options: dict[str, Any] = {
-            "hidden_features": hidden_features,
-            "activation": activation,
-            "residual": residual,
-            "dropout": dropout,
-        }
-        if shortcut is not None:
-            options["shortcut"] = shortcut
-
-        def triangular(rank: Tensor) -> LazyTriangular:
-            masked = network(shape, context, outputs=1 + scale, order=rank, **options)
-            if scale:
-                univariate = partial(Affine, max_scale=max_scale)
-                return LazyTriangular(masked, shape, univariate, [(), ()], solver)
-            return LazyTriangular(masked, shape, AdditiveTransform, [()], solver)
-
-        self.features = shape
-        self.context = context
-        self.context_diagonal = context_diagonal
-        self.upper = triangular(len(rank) - 1 - rank)
-        self.diagonal = LazySinusoids(
-            shape,
-            context if context_diagonal else 0,
-            sinusoids,
-            components,
-            min_slope,
-            solver,
-            hidden_features,
-            activation,
-        )
-        self.lower = triangular(rank)
-
-    def forward(self, c: Tensor | None = None) -> LDUTransform:
-        r"""Returns the block, given a context.
-
-        Args:
-            c: The context, with shape :math:`(*, C)`, or :py:`None` if there is none.
-
-        Raises:
-            ValueError: If the context is missing, is given to a block without context features, is
-                not finite, or has the wrong shape.
-            TypeError: If the context has the wrong dtype.
-        """
-        check_context(c, self.context, self.diagonal.parameter.dtype)
-        return LDUTransform(*self.parts(c))
-
-    def parts(self, c: Tensor | None = None) -> tuple[Transform, Transform, Transform]:
-        """Returns the maps U, D and L, given a context."""
-        diagonal = self.diagonal(c if self.context_diagonal else None)
-        return self.upper(c), diagonal, self.lower(c)
-
-    def condition(self, context: Tensor | None = None) -> Transform:
-        """Returns the block given a context, with a cache, as Pyro's conditional transforms do.
-
-        Args and errors are those of :meth:`forward`.
-        """
-        check_context(context, self.context, self.diagonal.parameter.dtype)
-        batch_shape = Size() if context is None else context.shape[:-1]
-        return LDUTransform(*self.parts(context), batch_shape=batch_shape, cache_size=1)
-
-    @property
-    def inv(self) -> LazyTransform:
-        """The lazy inverse, for zuko and for Pyro."""
-        return ConditionalInverse(self)
-
-
-class ConditionalInverse(LazyInverse):
-    """The inverse of a conditional transform, for zuko and for Pyro."""
-
-    def condition(self, context: Tensor | None = None) -> Transform:
-        """Returns the inverse given a context, with a cache."""
-        return self.transform.condition(context).inv
-
-
-# Inheriting from zuko's and Pyro's classes at once fails on the method resolution order.
-ConditionalTransform.register(ConditionalLDU)
-ConditionalTransform.register(ConditionalInverse)

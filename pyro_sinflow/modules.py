@@ -11,8 +11,9 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
 from . import _validate as check
+from .block import ConditionalLDU
 from .element_wise import SinusoidalTransform
-from .lazy import ConditionalLDU, initial_sinusoids
+from .lazy import initial_sinusoids
 from .networks import MaskedNetwork
 from .solvers import Solver
 from .transforms import Composition, LDUTransform

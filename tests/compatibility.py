@@ -178,8 +178,8 @@ def three_latents() -> None:
 
 
 FLOW = {"features": 3, "context": 2, "transforms": 1, **SMALL}
-LDU_BLOCKS = partial(SinusoidalFlow, **FLOW)
-AUTOREGRESSIVE = partial(SinusoidalFlow, **FLOW, conditioner="autoregressive")
+LDU_BLOCKS = partial(SinusoidalFlow, **FLOW, conditioner="independent")
+AUTOREGRESSIVE = partial(SinusoidalFlow, **FLOW)
 # The columns of the table, each with the variants that its cells are tested with.
 SUBJECTS: dict[str, dict[str, Callable[[Solver], Subject]]] = {
     "SinusoidalTransform": {"": OfSinusoidalTransform},

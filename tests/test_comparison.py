@@ -1,36 +1,94 @@
 """The comparison of flows runs, and its tables hold what they say."""
 
+import importlib
 import json
 
+import numpy as np
 import pytest
-from test_examples import rows, run
+import torch
+from test_examples import EXAMPLES, rows, run
 
-FLOWS = ("Sinusoidal, scale", "MAF", "B-NAF")
+FLOWS = ("Sinusoidal", "MAF", "B-NAF")
+CANCER = ("--data", "breast cancer", "--rates", "0.002", "0.006", "--seeds", "2")
 
 
 def test_comparison(tmp_path):
-    options = ("--steps", "2", "--data", "breast cancer", "--flows", *FLOWS)
-    table = rows(run("comparison.py", "--out", tmp_path, *options))
+    options = ("--steps", "2", *CANCER, "--flows", *FLOWS)
+    output = run("comparison.py", "--out", tmp_path, *options)
+    scores, others = output.split("| learning rate", 1)
+    rates, costs = others.split("| breast cancer | parameters", 1)
     results = json.loads((tmp_path / "comparison.json").read_text())["breast cancer"]
     for flow in FLOWS:
-        assert table[flow][0] == "{NLL:.2f} ± {error:.2f}".format(**results[flow])
-        assert results[flow]["error"] > 0
-        assert table[flow][-1] == "exact"
-    assert table["MAF"][3] == "1.0"
-    assert table["B-NAF"][4] == "none"
-    assert 0 <= results["MAF"]["round trip"] < 1e-4
+        fits = results[flow]
+        assert [f["rate"] for f in fits] == 2 * [float(rows(rates)[flow][0])]
+        tried = [
+            json.loads(path.read_text())
+            for path in (tmp_path / "fits").glob(f"breast cancer, {flow}, * seed 0.json")
+        ]
+        assert {f["rate"] for f in tried} == {0.002, 0.006}
+        assert fits[0] == min(tried, key=lambda f: f["validation"])
+        mean, gap = sum(f["NLL"] for f in fits) / 2, abs(fits[0]["NLL"] - fits[1]["NLL"])
+        assert rows(scores)[flow][0] == f"{mean:.2f} ± {gap / 2:.2f}, 2"
+        assert rows(costs)[flow][-1] == "exact"
+    assert rows(costs)["MAF"][1] == "1.0"
+    assert rows(costs)["B-NAF"][2] == "none"
+    assert any(row[1].endswith("1 of 1") for row in rows(scores).values())
+    # What is there is read.
+    again = run("comparison.py", "--out", tmp_path, *options)
+    assert again.partition("| learning rate")[0] == scores
 
 
 def test_the_same_time_for_each_flow(tmp_path):
-    options = ("--seconds", "0.5", "--data", "breast cancer", "--flows", "Sinusoidal, scale", "MAF")
-    table = rows(run("comparison.py", "--out", tmp_path, *options))
-    assert int(table["Sinusoidal, scale"][1]) > 0
-    assert rows(run("comparison.py", "--out", tmp_path, *options))["MAF"][1] == table["MAF"][1]
+    options = ("--seconds", "0.3", *CANCER, "--flows", "MAF")
+    table = rows(run("comparison.py", "--out", tmp_path, *options, "--jobs", "2"))
+    results = json.loads((tmp_path / "comparison.json").read_text())["breast cancer"]
+    assert all(f["steps"] > 0 for f in results["MAF"])
+    assert set(table) == {"test NLL, steps", "learning rate", "breast cancer", "MAF"}
 
 
 def test_normflows(tmp_path):
     pytest.importorskip("normflows")
-    options = ("--steps", "2", "--data", "breast cancer", "--flows", "Glow", "i-ResNet")
+    options = ("--steps", "2", *CANCER, "--flows", "Glow", "i-ResNet")
     table = rows(run("comparison.py", "--out", tmp_path, *options))
     assert table["Glow"][-1] == "exact"
     assert table["i-ResNet"][-1] == "estimated"
+
+
+@pytest.fixture
+def files(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("files")
+
+
+def test_uci(files, tmp_path):
+    rng = np.random.default_rng(0)
+    n = 1000
+    whole, real, constant = rng.integers(0, 5, n), rng.standard_normal(n), np.full(n, 3.0)
+    np.savez(tmp_path / "uci.npz", protein=np.stack((whole * 2.0, constant, real), axis=1))
+    data = files.uci("protein", tmp_path)
+    assert [len(part) for part in data[:3]] == [600, 200, 200]
+    table = data.restore(torch.cat(data[:3])).double().numpy()
+    assert table.shape == (n, 2)  # without the constant column
+    assert np.array_equal(np.sort(table[:, 0] // 2), np.sort(whole))  # noise as wide as a step
+    assert len(np.unique(table[:, 0])) == n
+    assert np.allclose(np.sort(table[:, 1]), np.sort(real), atol=1e-5)
+    assert torch.equal(data.train, files.uci("protein", tmp_path).train)
+    with pytest.raises(ValueError, match=r"should hold the arrays magic, but it has no magic"):
+        files.uci("magic", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'uci\.npz' in .*'--data-root'"):
+        files.uci("magic", tmp_path / "nowhere")
+
+
+def test_bsds300(files, tmp_path):
+    rng = np.random.default_rng(0)
+    parts = {
+        name: rng.integers(0, 256, (n, 64), np.uint8)
+        for name, n in (("train", 50), ("validation", 5), ("test", 9))
+    }
+    np.savez(tmp_path / "bsds300.npz", **parts)
+    data = files.bsds300(tmp_path)
+    for part, pixels in zip(data, parts.values(), strict=False):
+        assert part.shape == (len(pixels), 63)
+        grey = data.restore(part).double().numpy() * 256
+        centred = pixels - pixels.mean(axis=1, keepdims=True)
+        assert np.abs(grey - centred[:, :-1]).max() < 1.01

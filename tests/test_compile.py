@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 FLOWS = {
-    "independent": {"scale": False},
+    "independent": {"conditioner": "independent", "scale": False},
     "scale": {"residual": True, "hidden_features": (16, 16)},
     "autoregressive": {"conditioner": "autoregressive"},
 }

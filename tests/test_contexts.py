@@ -10,12 +10,15 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_sinflow import ConditionalLDU, PixelCNN, SinusoidalFlow, fast_inverse
 
-IMAGES = {"network": PixelCNN, "hidden_features": (4,)}
+BLOCKS = {"conditioner": "independent"}
+IMAGES = {"network": PixelCNN, "hidden_features": (4,), **BLOCKS}
 FLOWS = {
-    "scale": lambda c: SinusoidalFlow(4, c, transforms=2),
-    "shift": lambda c: SinusoidalFlow(4, c, transforms=2, scale=False),
-    "context_diagonal": lambda c: SinusoidalFlow(4, c, transforms=2, context_diagonal=True),
-    "autoregressive": lambda c: SinusoidalFlow(4, c, transforms=2, conditioner="autoregressive"),
+    "scale": lambda c: SinusoidalFlow(4, c, transforms=2, **BLOCKS),
+    "shift": lambda c: SinusoidalFlow(4, c, transforms=2, scale=False, **BLOCKS),
+    "context_diagonal": lambda c: SinusoidalFlow(
+        4, c, transforms=2, context_diagonal=True, **BLOCKS
+    ),
+    "autoregressive": lambda c: SinusoidalFlow(4, c, transforms=2),
     "PixelCNN": lambda c: SinusoidalFlow((1, 2, 2), c, transforms=2, **IMAGES),
     "fast_inverse(NSF)": lambda c: fast_inverse(zuko.flows.NSF(4, c, transforms=2)),
 }

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pyro_sinflow import SinusoidalFlow
 
 FLOWS = {
-    "independent": {},
-    "scale": {"scale": True},
+    "independent": {"conditioner": "independent"},
+    "scale": {"conditioner": "independent", "scale": True},
     "autoregressive": {"conditioner": "autoregressive"},
     "conditional": {"conditioner": "autoregressive", "context": 1},
 }

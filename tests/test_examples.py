@@ -53,9 +53,8 @@ def test_demo(tmp_path):
         assert error > 0
         assert elbo < evidence + 5 * error
     for flow in (
-        "SinusoidalFlow, autoregressive",
-        "SinusoidalFlow, scale",
-        "SinusoidalFlow, shift",
+        "SinusoidalFlow",
+        "SinusoidalFlow, LDU blocks",
         "NSF",
         "MAF",
     ):
@@ -108,7 +107,7 @@ def test_measure(tmp_path):
         assert 0 < row["median"] <= row["99 %"] <= row["maximum"] < 200
         assert row["largest error"] <= row["aim"]
     # 8 blocks of two triangular maps, or 8 triangular maps.
-    for kind, maps in (("scale=False", 16), ("scale=True", 16), ("autoregressive", 8)):
+    for kind, maps in (("scale=False", 16), ("independent", 16), ("default", 8)):
         assert sum(row[kind] for row in passes) == maps
     assert all(1 <= row["passes"] <= 8 for row in passes)
 
@@ -310,6 +309,14 @@ def test_mnist(example, tmp_path, suffix):
     (tmp_path / f"t10k-images-idx3-ubyte{suffix}").unlink()
     with pytest.raises(FileNotFoundError, match=r"'t10k-images-idx3-ubyte' or .*'--data-root'"):
         example("files").mnist(tmp_path)
+
+
+def test_mnist_as_arrays(example, tmp_path):
+    arrays = np.random.default_rng(0).integers(0, 256, (10_012, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "mnist.npz", train_x=arrays[:-5], test_x=arrays[-5:])
+    train, validation, test = example("files").mnist(tmp_path)
+    assert np.array_equal(np.concatenate((train, validation, test))[:, 0], arrays)
+    assert (len(validation), len(test)) == (10_000, 5)
 
 
 @pytest.mark.parametrize(

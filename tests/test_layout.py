@@ -13,8 +13,8 @@ ORDER = [
     *("_torch", "_validate", "arrays", "sinusoid", "solvers"),
     *("kernels.eager", "kernels.triton", "kernels"),
     *("masks", "networks", "pixelcnn", "sequential", "bijection", "autoregressive", "nilpotent"),
-    *("implicit", "element_wise", "transforms", "lazy", "modules", "flows"),
-    *("guides", "sbi"),
+    *("implicit", "element_wise", "linear", "transforms", "lazy", "block", "modules", "flows"),
+    *("fast", "guides", "sbi"),
 ]
 
 

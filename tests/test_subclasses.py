@@ -25,11 +25,14 @@ from pyro_sinflow import (
     sinusoidal,
 )
 
+BLOCKS = {"conditioner": "independent"}
 FLOWS = {
-    "scale": lambda c: SinusoidalFlow(3, c, transforms=1),
-    "shift": lambda c: SinusoidalFlow(3, c, transforms=1, scale=False),
-    "context_diagonal": lambda c: SinusoidalFlow(3, c, transforms=1, context_diagonal=True),
-    "autoregressive": lambda c: SinusoidalFlow(3, c, transforms=1, conditioner="autoregressive"),
+    "scale": lambda c: SinusoidalFlow(3, c, transforms=1, **BLOCKS),
+    "shift": lambda c: SinusoidalFlow(3, c, transforms=1, scale=False, **BLOCKS),
+    "context_diagonal": lambda c: SinusoidalFlow(
+        3, c, transforms=1, context_diagonal=True, **BLOCKS
+    ),
+    "autoregressive": lambda c: SinusoidalFlow(3, c, transforms=1),
     "MAF": lambda c: zuko.flows.MAF(3, c, transforms=1),
     "fast_inverse(NSF)": lambda c: fast_inverse(zuko.flows.NSF(3, c, transforms=1)),
 }

@@ -13,10 +13,11 @@ from zuko.bayesian import BayesianModel
 
 from pyro_sinflow import PixelCNN, SinusoidalFlow, fast_inverse
 
-IMAGES = {"network": PixelCNN, "hidden_features": (4,)}
+BLOCKS = {"conditioner": "independent"}
+IMAGES = {"network": PixelCNN, "hidden_features": (4,), **BLOCKS}
 FLOWS = {
-    "independent": lambda c: SinusoidalFlow(4, c, transforms=1),
-    "autoregressive": lambda c: SinusoidalFlow(4, c, transforms=1, conditioner="autoregressive"),
+    "independent": lambda c: SinusoidalFlow(4, c, transforms=1, **BLOCKS),
+    "autoregressive": lambda c: SinusoidalFlow(4, c, transforms=1),
     "PixelCNN": lambda c: SinusoidalFlow((1, 2, 2), c, transforms=1, **IMAGES),
     "fast_inverse(NSF)": lambda c: fast_inverse(zuko.flows.NSF(4, c, transforms=1)),
 }

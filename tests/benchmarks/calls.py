@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 import pyro_sinflow
 from pyro_sinflow import AutoLDU, ConditionalLDU, SinusoidalFlow, fast_inverse, ldu
 
+BLOCKS = {"conditioner": "independent", "linear": False, "tails": False}
 PACKAGE = Path(pyro_sinflow.__file__).parent
 ZUKO = Path(zuko.__file__).parent
 
@@ -120,7 +121,7 @@ def count_calls():
             python_calls(lambda flow=flow: flow().sample((500,)), PACKAGE),
             350,
         )
-        flow = SinusoidalFlow(16, transforms=3, scale=scale)
+        flow = SinusoidalFlow(16, transforms=3, scale=scale, **BLOCKS)
         inverse = gradients(
             lambda flow=flow, x=x: [flow().transform.inv(x).square()], [*flow.parameters()]
         )
@@ -132,7 +133,7 @@ def count_calls():
         yield (
             f"aten calls: training step, per block, {name}",
             per_transform(
-                lambda n, scale=scale: SinusoidalFlow(16, transforms=n, scale=scale),
+                lambda n, scale=scale: SinusoidalFlow(16, transforms=n, scale=scale, **BLOCKS),
                 lambda flow, x=x: log_prob_step(flow, x),
                 aten_calls,
             ),

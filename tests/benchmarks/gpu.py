@@ -117,7 +117,13 @@ def plain_mlps(sizes: Sizes, outputs: int) -> tuple[nn.ModuleList, Callable[[Ten
 def ldu(sizes: Sizes, scale: bool) -> Flow:
     """Returns a flow of LDU blocks."""
     return SinusoidalFlow(
-        sizes.features, transforms=sizes.blocks, scale=scale, hidden_features=sizes.hidden
+        sizes.features,
+        transforms=sizes.blocks,
+        conditioner="independent",
+        linear=False,
+        tails=False,
+        scale=scale,
+        hidden_features=sizes.hidden,
     ).to(DEVICE)
 
 
@@ -194,7 +200,6 @@ def sampling(name: str, rows: Tensor, sizes: Sizes) -> Iterator[Row]:
         flow = SinusoidalFlow(
             sizes.features,
             transforms=sizes.autoregressive,
-            conditioner="autoregressive",
             hidden_features=sizes.hidden,
         ).to(DEVICE)
     else:

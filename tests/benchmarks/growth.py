@@ -25,12 +25,11 @@ FEATURES = (8, 32, 128, 512)
 BATCHES = tuple(4**k for k in range(9))  # up to 65,536
 BLOCKS = (2, 4, 8, 16, 32)
 NETWORK = {"hidden_features": (256, 256)}
+BLOCK = {"conditioner": "independent", "linear": False, "tails": False, **NETWORK}
 FLOWS = {
-    "scale=False": partial(SinusoidalFlow, transforms=8, scale=False, **NETWORK),
-    "scale=True": partial(SinusoidalFlow, transforms=8, **NETWORK),
-    "autoregressive": partial(
-        SinusoidalFlow, transforms=4, conditioner="autoregressive", **NETWORK
-    ),
+    "scale=False": partial(SinusoidalFlow, transforms=8, scale=False, **BLOCK),
+    "scale=True": partial(SinusoidalFlow, transforms=8, **BLOCK),
+    "default": partial(SinusoidalFlow, transforms=4, **NETWORK),
     "MAF": partial(zuko.flows.MAF, transforms=8, **NETWORK),
 }
 

@@ -1,0 +1,72 @@
+r"""A linear transform, as the product of two triangular matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Size, Tensor
+
+from . import _validate as check
+from ._torch import without_autocast
+from .bijection import Bijection
+from .element_wise import bounded
+
+
+class Linear(Bijection):
+    r"""Creates a linear transformation.
+
+    .. math:: f(x) = L U x
+
+    L is lower triangular with ones on its diagonal. U is upper triangular, and its diagonal lies
+    between 1/1000 and 1000, so that the inverse always exists.
+
+    References:
+        | Neural Spline Flows (Durkan et al., 2019), Section 3.2
+        | https://arxiv.org/abs/1906.04032
+
+    Args:
+        matrix: The unconstrained parameters, with shape :math:`(D, D)`: below its diagonal L, above
+            it U, and on it the logarithms of the diagonal of U. Zeros make the identity.
+    """
+
+    _event_dim = 1
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+
+        self.matrix = matrix
+        self._event_shape = Size(matrix.shape[-1:])
+
+    def __repr__(self) -> str:
+        return f"Linear(features: {self.matrix.shape[-1]})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Linear) and torch.equal(self.matrix, other.matrix)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns L without its diagonal, U, and the logarithms of the diagonal of U."""
+        log_diagonal = bounded(self.matrix.diagonal(), 1e3)
+        upper = self.matrix.triu(1) + log_diagonal.exp().diag_embed()
+        return self.matrix.tril(-1), upper, log_diagonal
+
+    def _check_dtype(self, name: str, x: Tensor) -> None:
+        if x.dtype != self.matrix.dtype:
+            check.dtype(name, x, self.matrix.dtype)
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_dtype("x", x)
+        lower, upper, log_diagonal = self._factors()
+        with without_autocast(x):  # as the inverse, which would not return to x otherwise
+            y = x @ upper.mT
+            return y + y @ lower.mT, log_diagonal.sum().expand(x.shape[:-1])
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        self._check_dtype("y", y)
+        lower, upper, _ = self._factors()
+        rows = y.reshape(-1, y.shape[-1])
+        rows = torch.linalg.solve_triangular(
+            lower.mT, rows, upper=True, left=False, unitriangular=True
+        )
+        rows = torch.linalg.solve_triangular(upper.mT, rows, upper=False, left=False)
+        return rows.reshape(y.shape)
