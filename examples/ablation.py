@@ -98,6 +98,22 @@ def wave(flow: Flow, factor: float) -> Flow:
     return flow
 
 
+def normal(flow: Flow, what: str) -> Flow:
+    """Draws what sinusoids start with from normal laws: frequencies and phases, or alpha."""
+    with torch.no_grad():
+        for chain in free(flow, LazySinusoids):
+            parameter = chain["parameter"]
+            k = parameter.shape[-1] // 3
+            part = slice(2 * k) if what == "waves" else slice(3 * k, 3 * k + 1)
+            parameter[..., part] = torch.randn_like(parameter[..., part])
+    return flow
+
+
+def without_affine(flow: Flow, features: int) -> Flow:
+    """Drops the affine map next to the noise."""
+    return density(LazyComposedTransform(*flow.transform.transforms[:-1]), features)
+
+
 def groups(flow: Flow, kind: type[nn.Module], rate: float, factor: float) -> list[dict[str, Any]]:
     """Gives the free parameters of a kind of modules another learning rate than networks."""
     own = [p for parameters in free(flow, kind) for p in parameters.values()]
@@ -160,6 +176,12 @@ def cases(conditioner: str) -> dict[str, Case]:
         return found
     for name, factor in (("half the frequencies", 0.5), ("twice the frequencies", 2.0)):
         found[name] = Case(lambda features, factor=factor: wave(make(features), factor))
+    for name, what in (
+        ("frequencies and phases start from normal laws", "waves"),
+        ("residual weights start from a normal law", "alpha"),
+    ):
+        found[name] = Case(lambda features, what=what: normal(make(features), what))
+    found["no affine map"] = Case(lambda features: without_affine(make(features), features))
     for name, kind, factor in (
         ("sinusoids learn 5 times faster", LazySinusoids, 5.0),
         ("affine map learns 10 times slower", LazyAffine, 0.1),
