@@ -1,6 +1,15 @@
 """Settings of Sphinx, which builds this site: ``make docs``."""
 
 import os
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from docutils import nodes
+from math_core import LatexToMathML
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
 
 from pyro_sinflow import __version__
 
@@ -12,6 +21,12 @@ version = release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"{project} {version}"
+
+# Formulas become MathML when the site is built, so that pages load no script to typeset them. The
+# font has the sizes and spaces that MathML needs, which the fonts of a reader's machine may lack.
+html_math_renderer = "mathml"
+html_static_path = ["_static", str(files("ziamath.fonts") / "STIXTwoMath-Regular.ttf")]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -28,7 +43,10 @@ rst_prolog = ".. role:: py(code)\n   :language: python\n"  # as zuko's docstring
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
 add_module_names = False
+
+highlight_language = "text"  # of blocks that name no language: most are commands
 
 # Each reference must lead somewhere, but for those to other projects, whose inventories would have
 # to be fetched.
@@ -38,3 +56,44 @@ nitpick_ignore_regex = [
     ("py:.*", r"Any|Callable|Iterable|Iterator|Sequence|.*optional"),
     ("py:.*", r"Flow|MaskedAutoregressiveTransform|MaskedLinear|Size|Tensor|Transform"),
 ]
+
+_mathml = LatexToMathML()
+_EXTERNAL = re.compile(
+    r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["'](?:https?:)?//[^"']*"""
+    r"""|<link\b(?=[^>]*\brel=["'](?:stylesheet|preload|preconnect|icon))[^>]*\bhref=["'](?:https?:)?//[^"']*"""
+    r"""|(?:url\(|@import\s)\s*["']?(?:https?:)?//[^"')]*""",
+    re.IGNORECASE,
+)
+
+
+def inline_formula(self: HTML5Translator, node: nodes.math) -> None:
+    """Writes a formula within a line."""
+    self.body.append(_mathml.convert_with_local_state(node.astext(), displaystyle=False))
+    raise nodes.SkipNode
+
+
+def displayed_formula(self: HTML5Translator, node: nodes.math_block) -> None:
+    """Writes a formula of its own, whose lines are aligned if there are several."""
+    latex = node.astext()
+    if r"\\" in latex and r"\begin{" not in latex:
+        latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
+    self.body.append(self.starttag(node, "div", CLASS="math"))
+    self.body.append(_mathml.convert_with_local_state(latex, displaystyle=True))
+    self.body.append("</div>")
+    raise nodes.SkipNode
+
+
+def check_resources(app: Sphinx, error: Exception | None) -> None:
+    """Warns, and so fails the build, if a page loads anything from another host."""
+    if error is not None or app.builder.name != "html":
+        return
+    for path in sorted(Path(app.outdir).rglob("*")):
+        if path.suffix in (".html", ".css"):
+            for found in _EXTERNAL.findall(path.read_text(encoding="utf-8")):
+                logging.getLogger(__name__).warning("%s loads %s", path.name, found)
+
+
+def setup(app: Sphinx) -> None:
+    """Registers the writer of formulas and the check."""
+    app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
+    app.connect("build-finished", check_resources)

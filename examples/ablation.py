@@ -100,6 +100,22 @@ def wave(flow: Flow, factor: float) -> Flow:
     return flow
 
 
+def normal(flow: Flow, what: str) -> Flow:
+    """Draws what sinusoids start with from normal laws: frequencies and phases, or alpha."""
+    with torch.no_grad():
+        for chain in free(flow, LazySinusoids):
+            parameter = chain["parameter"]
+            k = parameter.shape[-1] // 3
+            part = slice(2 * k) if what == "waves" else slice(3 * k, 3 * k + 1)
+            parameter[..., part] = torch.randn_like(parameter[..., part])
+    return flow
+
+
+def without_affine(flow: Flow, features: int) -> Flow:
+    """Drops the affine map next to the noise."""
+    return density(LazyComposedTransform(*flow.transform.transforms[:-1]), features)
+
+
 def groups(flow: Flow, kind: type[nn.Module], rate: float, factor: float) -> list[dict[str, Any]]:
     """Gives the free parameters of a kind of modules another learning rate than networks."""
     own = [p for parameters in free(flow, kind) for p in parameters.values()]
@@ -141,7 +157,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eight sinusoids": {"sinusoids": 8},
     "eight components": {"components": 8},
     "least slope 0.05": {"min_slope": 0.05},
-    "scales from 0.1 to 10": {"max_scale": 10.0},
+    "scales from 1/2 to 2": {"max_scale": 2.0},
 }
 BUDGETS: dict[str, dict[str, Any]] = {
     "half the learning rate": {"lr": 3e-3},
@@ -164,6 +180,12 @@ def cases(conditioner: str) -> dict[str, Case]:
         return found
     for name, factor in (("half the frequencies", 0.5), ("twice the frequencies", 2.0)):
         found[name] = Case(lambda features, factor=factor: wave(make(features), factor))
+    for name, what in (
+        ("frequencies and phases start from normal laws", "waves"),
+        ("residual weights start from a normal law", "alpha"),
+    ):
+        found[name] = Case(lambda features, what=what: normal(make(features), what))
+    found["no affine map"] = Case(lambda features: without_affine(make(features), features))
     for name, kind, factor in (
         ("sinusoids learn 5 times faster", LazySinusoids, 5.0),
         ("affine map learns 10 times slower", LazyAffine, 0.1),
@@ -171,7 +193,8 @@ def cases(conditioner: str) -> dict[str, Case]:
         grouped = partial(groups, kind=kind, rate=default.budget.lr, factor=factor)
         found[name] = Case(make, groups=grouped)
     if conditioner == "the paper's LDU blocks":
-        del found["scales from 0.1 to 10"]  # they have no scales
+        for name in ("scales from 1/2 to 2", "no linear maps", "no asinh"):  # they have none
+            del found[name]
         found["the paper, literally"] = Case(literal)
     return found
 

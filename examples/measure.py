@@ -179,11 +179,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--activation", help="of the networks, such as Tanh (default: that of the flow)"
     )
+    parser.add_argument("--parts", nargs="+", type=int, default=[1, 2, 3], help="default: all")
+    parser.add_argument("--steps", type=int, default=300, help="of training (default: %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="a run of seconds, whose figures mean nothing"
     )
     args = parser.parse_args(argv)
-    sizes, features, steps, rows, draws, batches = (1, 2, 16, 64), 63, 300, 1000, 10_000, 20
+    sizes, features, steps, rows, draws, batches = (1, 2, 16, 64), 63, args.steps, 1000, 10_000, 20
     if args.quick:
         sizes, features, steps, rows, draws, batches = (1, 3), 8, 2, 10, 20, 1
 
@@ -198,14 +200,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
     }
     tables = {}
-    for title, part in parts.items():
+    for number, (title, part) in enumerate(parts.items(), 1):
+        if number not in args.parts:
+            continue
         table = tables[title] = part()
         print(f"\n{title}", flush=True)
         print_table([*table[0]], ([*map(cell, row.values())] for row in table))
     figures, picture = args.out / "measure.json", args.out / "passes.png"
     figures.write_text(json.dumps(tables, indent=2))
-    draw_passes(table, features, picture)
-    print("\nWritten:", figures, picture)
+    if 3 in args.parts:
+        draw_passes(table, features, picture)
+    print("\nWritten to", args.out)
 
 
 if __name__ == "__main__":
