@@ -18,8 +18,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from time import process_time
-from timeit import repeat
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from files import SOURCES, UCI, bsds300, uci
 from images import prepare
 from torch import Tensor
 from tqdm import tqdm
-from training import Budget, arguments, count, evaluate, fit, print_table, seconds
+from training import Budget, afford, arguments, count, evaluate, fit, print_table, seconds
 from zuko.lazy import Flow
 
 Fit = dict[str, Any]
@@ -52,14 +50,6 @@ PLANE: dict[str, Callable[[Path | None], Data]] = {
     name: lambda root, name=name: toy(name) for name in TOYS
 }
 DATA = TABLES | {"BSDS300": bsds300} | REAL | PLANE
-
-
-def afford(seconds: float, make: Callable[[int], Flow], data: Data) -> int:
-    """Returns how many steps some seconds of the processor afford, given what 30 steps take."""
-    flow, trial = make(data.train.shape[1]), Budget(30)
-    # Processor time, and the shortest of several, so that other jobs do not slow one flow more.
-    times = repeat(lambda: fit("pace", flow, data, trial), timer=process_time, number=1, repeat=4)
-    return max(int(trial.steps * seconds / min(times)), 1)
 
 
 def stem_of(data: str, flow: str, rate: float, seed: int, args: argparse.Namespace) -> Path:

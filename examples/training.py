@@ -6,9 +6,10 @@ import argparse
 import copy
 import math
 import time
+import timeit
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,18 @@ def fit(
 
     flow.load_state_dict(weights)
     return flow.eval()
+
+
+def afford(
+    seconds: float, make: Callable[[int], Flow], data: Data, budget: Budget = Budget(30)
+) -> int:
+    """Returns how many steps some seconds of the processor afford, given what 30 steps take."""
+    flow, trial = make(data.train.shape[1]), replace(budget, steps=30, every=30)
+    # Processor time, and the shortest of several, so that other jobs do not slow one flow more.
+    times = timeit.repeat(
+        lambda: fit("pace", flow, data, trial), timer=time.process_time, number=1, repeat=4
+    )
+    return max(int(trial.steps * seconds / min(times)), 1)
 
 
 def likelihood_step(

@@ -64,7 +64,7 @@ MAKE = {
     "LDU": partial(LDU, 3),
     "ConditionalLDU": partial(ConditionalLDU, 3, 2),
     "SinusoidalFlow": partial(SinusoidalFlow, 3),
-    "autoregressive": partial(SinusoidalFlow, 3, conditioner="autoregressive"),
+    "independent": partial(SinusoidalFlow, 3, conditioner="independent"),
 }
 RESIDUAL = {"hidden_features": (UNITS, UNITS), "residual": True}
 
@@ -147,7 +147,7 @@ def test_a_check_of_an_activation_leaves_no_trace():
     assert all(module.training for module in made)
 
 
-@pytest.mark.parametrize("make", [ldu, conditional_ldu, SinusoidalFlow, MAKE["autoregressive"]])
+@pytest.mark.parametrize("make", [ldu, conditional_ldu, SinusoidalFlow, MAKE["independent"]])
 def test_residual_blocks_without_hidden_layers_are_a_linear_conditioner(make):
     features = () if isinstance(make, partial) else (3,)
     made = perturb(make(*features, hidden_features=(), residual=True).double(), 0.1)

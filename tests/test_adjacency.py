@@ -41,9 +41,7 @@ SOME = torch.tensor([[1, 0], [0, 0], [0, 1], [1, 1], [0, 0]]).bool()  # of two c
 
 def flow(adjacency, context=0, transforms=1, **options):
     options = {"hidden_features": (16, 16), **options}
-    made = SinusoidalFlow(
-        5, context, transforms, conditioner="autoregressive", adjacency=adjacency, **options
-    )
+    made = SinusoidalFlow(5, context, transforms, adjacency=adjacency, **options)
     return perturb(made.double(), 0.2)
 
 
@@ -127,7 +125,8 @@ def test_log_determinants(name, context):
 def test_the_inverse(name, shortcut, substitution, monkeypatch):
     monkeypatch.setattr(autoregressive, "_LEAST", 0 if substitution else 10**9)
     monkeypatch.setattr(autoregressive, "_ENOUGH", 10**9)
-    f = flow(torch.cat((GRAPHS[name], SOME), dim=1), 2, 2, shortcut=shortcut)
+    network = partial(MaskedNetwork, shortcut=shortcut)
+    f = flow(torch.cat((GRAPHS[name], SOME), dim=1), 2, 2, network=network)
     y, c = torch.randn(50, 5).double(), torch.randn(50, 2).double()
     t = f(c).transform
     with torch.no_grad(), record_inversions() as inversions:
@@ -242,7 +241,7 @@ def test_errors_say_what_is_wrong(adjacency, error, message):
     with pytest.raises(error, match=message):
         MaskedNetwork(2, 3, adjacency=adjacency)
     with pytest.raises(error, match=message):
-        SinusoidalFlow(2, 3, conditioner="autoregressive", adjacency=adjacency)
+        SinusoidalFlow(2, 3, adjacency=adjacency)
 
 
 def test_it_excludes_orders_and_ldu_blocks():
@@ -250,9 +249,9 @@ def test_it_excludes_orders_and_ldu_blocks():
     with pytest.raises(ValueError, match="'order' should be None where there is an 'adjacency'"):
         MaskedNetwork(3, order=[0, 1, 2], adjacency=eye)
     with pytest.raises(ValueError, match="'randperm' should be False"):
-        SinusoidalFlow(3, randperm=True, conditioner="autoregressive", adjacency=eye)
+        SinusoidalFlow(3, randperm=True, adjacency=eye)
     with pytest.raises(TypeError, match="'adjacency' is an option of the autoregressive"):
-        SinusoidalFlow(3, adjacency=eye)
+        SinusoidalFlow(3, conditioner="independent", adjacency=eye)
     for make in (LDU, ConditionalLDU):
         with pytest.raises(TypeError, match="adjacency"):
             make(3, adjacency=eye)

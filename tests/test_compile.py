@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(
 
 FLOWS = {
     "independent": {"conditioner": "independent", "scale": False},
-    "scale": {"residual": True, "hidden_features": (16, 16)},
-    "autoregressive": {"conditioner": "autoregressive"},
+    "scale": {"conditioner": "independent", "residual": True, "hidden_features": (16, 16)},
+    "autoregressive": {},
 }
 
 

@@ -13,8 +13,8 @@ from pyro_sinflow import SinusoidalFlow
 FLOWS = {
     "independent": {"conditioner": "independent"},
     "scale": {"conditioner": "independent", "scale": True},
-    "autoregressive": {"conditioner": "autoregressive"},
-    "conditional": {"conditioner": "autoregressive", "context": 1},
+    "autoregressive": {},
+    "conditional": {"context": 1},
 }
 
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from pyro_sinflow import SinusoidalFlow, Solver, ldu, sinusoidal
 
-CONDITIONERS = [{}, {"scale": False}, {"conditioner": "autoregressive"}]
+BLOCKS = {"conditioner": "independent"}
+CONDITIONERS = [BLOCKS, {**BLOCKS, "scale": False}, {}]
 
 
 def make(options):

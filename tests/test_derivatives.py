@@ -21,11 +21,12 @@ from pyro_sinflow import (
 )
 
 SMALL = {"hidden_features": (4,), "activation": nn.Tanh, "components": 2, "sinusoids": 2}
+BLOCKS = {"conditioner": "independent"}
 FLOWS = {
-    "scale=False": {"scale": False},
-    "scale=True": {},
-    "context_diagonal": {"context_diagonal": True},
-    "autoregressive": {"conditioner": "autoregressive"},
+    "scale=False": {**BLOCKS, "scale": False},
+    "scale=True": BLOCKS,
+    "context_diagonal": {**BLOCKS, "context_diagonal": True},
+    "autoregressive": {},
 }
 
 
@@ -254,11 +255,13 @@ def networks_of_zuko():
 
 
 def transforms():
-    image = SinusoidalFlow((1, 2, 2), transforms=1, network=PixelCNN, hidden_features=(4,))
+    image = SinusoidalFlow(
+        (1, 2, 2), transforms=1, network=PixelCNN, hidden_features=(4,), **BLOCKS
+    )
     return {
         **dict(networks_of_zuko()),
-        "SinusoidalFlow": perturb(SinusoidalFlow(4, transforms=2))().transform,
-        "autoregressive": perturb(SinusoidalFlow(4, conditioner="autoregressive"))().transform,
+        "SinusoidalFlow": perturb(SinusoidalFlow(4))().transform,
+        "independent": perturb(SinusoidalFlow(4, transforms=2, **BLOCKS))().transform,
         "image": perturb(image)().transform,
         "LDU": perturb(LDU(4)),
         "Sinusoidal": perturb(Sinusoidal(4)),

@@ -24,14 +24,13 @@ BLOCKS = {
     "LDU": lambda: LDU(3),
     "shift": lambda: LDU(3, scale=False),
 }
+SHIFT = {"conditioner": "independent", "scale": False, "context_diagonal": True}
 FLOWS = {
-    "independent": lambda s=Solver(): SinusoidalFlow(3, 2, transforms=2, solver=s),
-    "shift": lambda s=Solver(): SinusoidalFlow(
-        3, 2, transforms=2, scale=False, context_diagonal=True, solver=s
+    "independent": lambda s=Solver(): SinusoidalFlow(
+        3, 2, transforms=2, conditioner="independent", solver=s
     ),
-    "autoregressive": lambda s=Solver(): SinusoidalFlow(
-        3, 2, transforms=2, conditioner="autoregressive", solver=s
-    ),
+    "shift": lambda s=Solver(): SinusoidalFlow(3, 2, transforms=2, solver=s, **SHIFT),
+    "autoregressive": lambda s=Solver(): SinusoidalFlow(3, 2, transforms=2, solver=s),
     "ConditionalLDU": lambda s=Solver(): zuko.lazy.Flow(
         [ConditionalLDU(3, 2, solver=s), ConditionalLDU(3, 2, solver=s).inv],
         zuko.flows.MAF(3).base,
@@ -317,9 +316,7 @@ def reads(function):
 @pytest.mark.parametrize("name", ["independent", "shift", "autoregressive"])
 def test_blocks_read_the_values_of_a_context_once(name):
     def flow(transforms):
-        options = {} if name != "autoregressive" else {"conditioner": name}
-        if name == "shift":
-            options = {"scale": False, "context_diagonal": True}
+        options = SHIFT if name == "shift" else {"conditioner": name}
         return SinusoidalFlow(3, 2, transforms, **options)
 
     x, base = torch.randn(4, 3), zuko.flows.MAF(3).base

@@ -12,9 +12,9 @@ from pyro_sinflow import LDU, ConditionalLDU, PixelCNN, SinusoidalFlow, record_i
 AIM = {torch.float32: 1e-5, torch.float64: 1e-11}
 SHAPES = [(1, 4, 5), (1, 6, 1), (1, 1, 6), (2, 3, 4), (2, 5, 1), (3, 3, 2), (3, 1, 1), (1, 1, 1)]
 FLOWS = {
-    "independent": {"residual": True},
-    "scale": {"scale": True, "activation": nn.Tanh},
-    "autoregressive": {"conditioner": "autoregressive"},
+    "independent": {"conditioner": "independent", "residual": True},
+    "scale": {"conditioner": "independent", "scale": True, "activation": nn.Tanh},
+    "autoregressive": {},
 }
 
 

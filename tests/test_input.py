@@ -25,6 +25,7 @@ from pyro_sinflow import (
     ldu,
     sinusoidal,
 )
+from pyro_sinflow.lazy import LazyLinear
 
 NAN, INF = float("nan"), float("inf")
 
@@ -43,8 +44,8 @@ def shift(x):
     return zuko.transforms.AdditiveTransform(torch.zeros_like(x))
 
 
-def autoregressive(features=3, *args, **kwargs):
-    return SinusoidalFlow(features, *args, conditioner="autoregressive", **kwargs)
+def independent(features=3, *args, **kwargs):
+    return SinusoidalFlow(features, *args, conditioner="independent", **kwargs)
 
 
 # How each public name is called with one argument replaced, the others being right.
@@ -59,14 +60,14 @@ MAKE = {
     "ConditionalLDU": lambda **k: ConditionalLDU(**{"features": 3, "context": 2, **k}),
     "conditional_ldu": lambda **k: conditional_ldu(**{"features": 3, "context": 2, **k}),
     "SinusoidalFlow": lambda **k: SinusoidalFlow(**{"features": 3, **k}),
-    "autoregressive": autoregressive,
+    "independent": independent,
     "FastInverse": lambda **k: FastInverse(**{"transform": MaskedAutoregressiveTransform(3), **k}),
     "fast_inverse": lambda **k: fast_inverse(**{"flow": zuko.flows.MAF(3), **k}),
     "Solver": Solver,
 }
 TENSORS = [(MAKE["SinusoidalTransform"], n) for n in tensors()]
 MODULES = ["Sinusoidal", "sinusoidal", "LDU", "ldu", "ConditionalLDU", "conditional_ldu"]
-FLOWS = ["SinusoidalFlow", "autoregressive"]
+FLOWS = ["SinusoidalFlow", "independent"]
 NETWORKS = ["LDU", "ConditionalLDU", *FLOWS]
 
 # Arguments, who takes them, and what each of them should not be.
@@ -86,8 +87,8 @@ TABLE = [
         [0, 1, -1, NAN, INF, "a", True],
     ),
     ("dropout", NETWORKS, [-0.1, 1, NAN, "0.1", True, None]),
-    ("scale", ["LDU", "ConditionalLDU", "SinusoidalFlow"], [1, "yes", None]),
-    ("context_diagonal", ["LDU", "ConditionalLDU", "SinusoidalFlow"], [1, "yes", None]),
+    ("scale", ["LDU", "ConditionalLDU", *FLOWS], [1, "yes", None]),
+    ("context_diagonal", ["LDU", "ConditionalLDU", *FLOWS], [1, "yes", None]),
     ("randperm", FLOWS, [1, "yes", None]),
     ("conditioner", ["SinusoidalFlow"], ["Independent", None, 3, ["independent"]]),
     ("conditioner", ["TriangularTransform"], [None, 3, "x", torch.zeros(3)]),
@@ -97,7 +98,11 @@ TABLE = [
         [3, [0, 1], [0, 1, 1], [0, 1, 3], [0.0, 1.0, 2.0], [True, False, True]],
     ),
     ("order", FLOWS, [[0, 1, 2]]),
-    ("scale", ["autoregressive"], [False]),
+    ("scale", ["SinusoidalFlow"], [False]),
+    ("context_diagonal", ["SinusoidalFlow"], [True]),
+    ("linear", FLOWS, [1, "yes"]),
+    ("tails", FLOWS, [1, "yes", None]),
+    ("shortcut", FLOWS, [1.0]),
     ("max_scale", NETWORKS, [1, 0.5, -2.0, "2", True, NAN, INF]),
     ("context", ["LDU", "ldu"], [2]),
     ("solver", [n for n in MAKE if n != "Solver"], ["default", None, Solver]),
@@ -172,7 +177,9 @@ TRANSFORMS = {
     "shift": LDU(3, scale=False),
     "context": ConditionalLDU(3, 2)(torch.zeros(2)),
     "condition": ConditionalLDU(3, 2).condition(torch.zeros(2)),
-    "autoregressive": autoregressive()().transform.transforms[0],
+    "autoregressive": SinusoidalFlow(3)().transform.transforms[2],
+    "flow": SinusoidalFlow(3)().transform,
+    "Linear": LazyLinear(3)(),
     "image": LDU((1, 1, 3)),
 }
 
@@ -278,7 +285,7 @@ CONDITIONALS = {
     "context_diagonal": ConditionalLDU(3, 2, context_diagonal=True),
     "SinusoidalFlow": lambda c: SinusoidalFlow(3, 2)(c).log_prob(torch.zeros(3)),
     "sample": lambda c: SinusoidalFlow(3, 2)(c).sample(),
-    "autoregressive": lambda c: autoregressive(3, 2)(c).log_prob(torch.zeros(3)),
+    "independent": lambda c: independent(3, 2)(c).log_prob(torch.zeros(3)),
 }
 
 
@@ -309,7 +316,7 @@ def test_context(name, context, error, message):
         ConditionalLDU(3).condition,
         ConditionalLDU(3).inv.condition,
         lambda c: SinusoidalFlow(3)(c).log_prob(torch.zeros(3)),
-        lambda c: autoregressive()(c).log_prob(torch.zeros(3)),
+        lambda c: independent()(c).log_prob(torch.zeros(3)),
     ],
 )
 def test_superfluous_context(conditional):

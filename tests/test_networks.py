@@ -1,5 +1,7 @@
 """Masked networks and their shortcuts."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import perturb
@@ -57,15 +59,17 @@ def test_a_single_layer_needs_no_shortcut():
     assert make(1.0, hidden_features=()).shortcut is None
 
 
-def test_densities_have_shortcuts_and_guides_have_none():
+def test_shortcuts_are_an_option():
     def shortcuts(module):
         return sum(isinstance(part, Shortcut) for part in module.modules())
 
-    assert shortcuts(SinusoidalFlow(3, transforms=2)) == 4  # of L and U
-    assert shortcuts(SinusoidalFlow(3, transforms=2, conditioner="autoregressive")) == 2
+    network = partial(MaskedNetwork, shortcut=1.0)
+    for conditioner, count in (("autoregressive", 2), ("independent", 4)):  # 4: of L and U
+        options = {"transforms": 2, "conditioner": conditioner}
+        assert shortcuts(SinusoidalFlow(3, **options)) == 0
+        assert shortcuts(SinusoidalFlow(3, network=network, **options)) == count
     assert shortcuts(LDU(3)) == 0
     assert shortcuts(LDU(3, shortcut=1.0)) == 2
-    assert shortcuts(SinusoidalFlow(3, transforms=2, shortcut=0.0)) == 0
 
 
 class Operations(TorchDispatchMode):

@@ -32,11 +32,7 @@ CASES = {
     "dropout": lambda c: ConditionalLDU(11, c, dropout=0.5),
     "image": lambda c: ConditionalLDU((2, 3, 2), c),
     "one": lambda c: ConditionalLDU(1, c),
-    "autoregressive": lambda c: (
-        SinusoidalFlow(
-            (11,), c, transforms=2, conditioner="autoregressive", activation=nn.ELU
-        ).transform
-    ),
+    "autoregressive": lambda c: SinusoidalFlow((11,), c, transforms=2, activation=nn.ELU).transform,
     "MAF": lambda c: fast_inverse(zuko.flows.MAF(11, c, transforms=2, randperm=True)).transform,
     "NSF": lambda c: fast_inverse(zuko.flows.NSF(11, c, transforms=2, residual=True)).transform,
     "coupling": lambda c: (

@@ -71,7 +71,7 @@ ZUKO = {
     "block": lambda: block()(CONTEXT),
     "inverse of a block": lambda: block().inv(CONTEXT),
     "flow": lambda: flow()(CONTEXT).transform,
-    "autoregressive": lambda: flow(conditioner="autoregressive")(CONTEXT).transform,
+    "independent": lambda: flow(conditioner="independent")(CONTEXT).transform,
 }
 PYRO = {
     "block.condition": lambda: block().condition(CONTEXT),

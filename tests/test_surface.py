@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_a_network_with_the_wrong_number_of_outputs(direction, rows):
     ("public", "make"),
     [
         ("SinusoidalFlow", SinusoidalFlow),
-        ("SinusoidalFlow", lambda n, **k: SinusoidalFlow(n, conditioner="autoregressive", **k)),
+        ("SinusoidalFlow", lambda n, **k: SinusoidalFlow(n, conditioner="independent", **k)),
         ("LDU", LDU),
         ("LDU", ldu),
         ("ConditionalLDU", ConditionalLDU),
@@ -125,10 +126,11 @@ MAKE = [SinusoidalFlow, LDU, ConditionalLDU]
 def test_signatures_are_written_out(make):
     parameters = inspect.signature(make).parameters
     assert all(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
-    assert {"scale", "shortcut", "min_slope", "solver", "network"} <= {*parameters}
+    own = {"conditioner", "linear", "tails"} if make is SinusoidalFlow else {"shortcut"}
+    assert {"scale", "min_slope", "solver", "network", *own} <= {*parameters}
 
 
-@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize("make", [partial(SinusoidalFlow, conditioner="independent"), *MAKE[1:]])
 def test_scale_is_the_default(make):
     assert repr(make(3)) == repr(make(3, scale=True)) != repr(make(3, scale=False))
 
@@ -145,22 +147,24 @@ OPTIONS = {
     "dropout": 0.5,
     "shortcut": 2.0,
     "context_diagonal": True,
+    "linear": False,
+    "tails": False,
 }
 
 
 FLOW = {"context": 2, "transforms": 1}
-AUTOREGRESSIVE = {**FLOW, "conditioner": "autoregressive"}
+INDEPENDENT = {**FLOW, "conditioner": "independent"}
 
 
 @pytest.mark.parametrize(
     ("make", "given", "others"),
     [
-        (LDU, {}, ["context_diagonal"]),
-        (ConditionalLDU, {"context": 2}, []),
-        (SinusoidalFlow, FLOW, []),
-        (SinusoidalFlow, AUTOREGRESSIVE, ["scale", "context_diagonal"]),
+        (LDU, {}, ["context_diagonal", "linear", "tails"]),
+        (ConditionalLDU, {"context": 2}, ["linear", "tails"]),
+        (SinusoidalFlow, FLOW, ["scale", "context_diagonal", "shortcut"]),
+        (SinusoidalFlow, INDEPENDENT, ["shortcut"]),
     ],
-    ids=["LDU", "ConditionalLDU", "SinusoidalFlow", "autoregressive"],
+    ids=["LDU", "ConditionalLDU", "SinusoidalFlow", "independent"],
 )
 def test_a_representation_shows_options(make, given, others):
     for option, value in OPTIONS.items():
@@ -179,7 +183,11 @@ def test_a_representation_shows_networks_and_no_private_names(make):
 
 
 def test_representations_of_flows_show_no_private_names():
-    for flow in (SinusoidalFlow(3, conditioner="autoregressive"), fast_inverse(zuko.flows.NSF(3))):
+    for flow in (
+        SinusoidalFlow(3),
+        SinusoidalFlow(3, conditioner="independent"),
+        fast_inverse(zuko.flows.NSF(3)),
+    ):
         assert " _" not in repr(flow)
         assert " _" not in repr(flow().transform)
 

@@ -24,12 +24,13 @@ from pyro_sinflow import (
 
 OPTIONS = [
     {},
-    {"scale": False},
-    {"context_diagonal": True},
+    {"linear": False, "tails": False},
+    {"conditioner": "independent"},
+    {"conditioner": "independent", "scale": False},
+    {"conditioner": "independent", "context_diagonal": True},
     {"randperm": True, "residual": True, "activation": nn.ELU, "hidden_features": (32,) * 3},
     {"sinusoids": 1, "components": 1, "transforms": 1},
-    {"conditioner": "autoregressive"},
-    {"conditioner": "autoregressive", "randperm": True, "residual": True, "sinusoids": 3},
+    {"conditioner": "independent", "randperm": True, "residual": True, "sinusoids": 3},
 ]
 
 
@@ -62,9 +63,23 @@ def test_stands_where_nsf_stands(options, features, context):
 def test_starts_near_the_base():
     flow = SinusoidalFlow(3, transforms=4)
     x = torch.randn(100, 3)
-    for block in flow.transform.transforms[:-1]:
+    tails, *parts, last = flow.transform.transforms
+    assert torch.allclose(tails()(x), (0.3 * x).asinh() / 0.3, atol=1e-6)
+    for linear, triangular in zip(parts[::2], parts[1::2], strict=True):
+        assert torch.equal(linear()(x), x)
+        triangular.network.mlp[-1].weight.data.zero_()  # of what the network sees, the bias is left
+        assert torch.equal(triangular()(x), x)
+    assert torch.equal(last()(x), x)
+
+
+def test_blocks_start_near_the_base():
+    flow = SinusoidalFlow(3, transforms=4, conditioner="independent")
+    x = torch.randn(100, 3)
+    _, *parts, last = flow.transform.transforms
+    for linear, block in zip(parts[::2], parts[1::2], strict=True):
+        assert torch.equal(linear()(x), x)
         assert torch.equal(block().diagonal(x), x)
-    assert torch.equal(flow.transform.transforms[-1]()(x), x)
+    assert torch.equal(last()(x), x)
 
 
 def test_mixes_with_zukos_transforms():
@@ -216,8 +231,11 @@ def test_records_inside_of_records():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": False}, "'scale' is an option of the independent conditioner"),
-        ({"context_diagonal": True}, "'context_diagonal' is an option of the independent"),
+        ({"scale": False}, "'scale' is an option of conditioner='independent'"),
+        (
+            {"context_diagonal": True},
+            "'context_diagonal' is an option of conditioner='independent'",
+        ),
         ({"network": lambda *args, **kwargs: nn.Identity()}, "'set_bias'.*got Identity"),
         ({"residual": "no"}, "'residual' should be True or False, got 'no'"),
         ({"dropout": -0.1}, "'dropout' should be at least 0.0 and less than 1.0, got -0.1"),
@@ -225,4 +243,4 @@ def test_records_inside_of_records():
 )
 def test_options_of_the_autoregressive_conditioner(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        SinusoidalFlow(3, conditioner="autoregressive", **options)
+        SinusoidalFlow(3, **options)
