@@ -157,7 +157,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eight sinusoids": {"sinusoids": 8},
     "eight components": {"components": 8},
     "least slope 0.05": {"min_slope": 0.05},
-    "scales from 1/2 to 2": {"max_scale": 2.0},
+    "scales from 0.1 to 10": {"max_scale": 10.0},
 }
 BUDGETS: dict[str, dict[str, Any]] = {
     "half the learning rate": {"lr": 3e-3},
@@ -193,7 +193,7 @@ def cases(conditioner: str) -> dict[str, Case]:
         grouped = partial(groups, kind=kind, rate=default.budget.lr, factor=factor)
         found[name] = Case(make, groups=grouped)
     if conditioner == "the paper's LDU blocks":
-        for name in ("scales from 1/2 to 2", "no linear maps", "no asinh"):  # they have none
+        for name in ("scales from 0.1 to 10", "no linear maps", "no asinh"):  # they have none
             del found[name]
         found["the paper, literally"] = Case(literal)
     return found

@@ -78,7 +78,8 @@ class SinusoidalFlow(Flow):
         scale: Whether LDU blocks scale features in addition to shifting them. The block of the
             paper is ``scale=False``. The autoregressive conditioner always scales.
         max_scale: The largest factor, greater than 1, of each affine map that depends on other
-            features. The smallest is its reciprocal.
+            features. The smallest is its reciprocal. Larger bounds improve densities little, and
+            a few samples may then lie far out in the tails.
         sinusoids: The number of sinusoids in a chain. If :py:`None`, 2 for the autoregressive
             conditioner and 4 for the independent one.
         components: The number of components K of each sinusoid.
@@ -127,7 +128,7 @@ class SinusoidalFlow(Flow):
         linear: bool | None = None,
         tails: bool = True,
         scale: bool = True,
-        max_scale: float = 10.0,
+        max_scale: float = 2.0,
         sinusoids: int | None = None,
         components: int = 4,
         context_diagonal: bool = False,
