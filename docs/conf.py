@@ -83,6 +83,15 @@ def displayed_formula(self: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def keep_together(app: Sphinx, doctree: nodes.document) -> None:
+    """Keeps a figure and its error on one line of a table's cell."""
+    for cell in doctree.findall(nodes.entry):
+        for text in [*cell.findall(nodes.Text)]:
+            text.parent.replace(
+                text, nodes.Text(text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"))
+            )
+
+
 def check_resources(app: Sphinx, error: Exception | None) -> None:
     """Warns, and so fails the build, if a page loads anything from another host."""
     if error is not None or app.builder.name != "html":
@@ -94,6 +103,7 @@ def check_resources(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Registers the writer of formulas and the check."""
+    """Registers the writer of formulas, and what changes and checks pages."""
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
+    app.connect("doctree-read", keep_together)
     app.connect("build-finished", check_resources)
