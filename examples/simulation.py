@@ -1,201 +1,301 @@
-"""Simulation-based inference with sbi and with lampe, whose flows a Sinusoidal Flow replaces.
+"""Simulation-based inference: Sinusoidal Flows and zuko's spline flow on two tasks of sbibm's.
 
-Neural posterior estimation (NPE) is run on two tasks, two moons (Greenberg et al., 2019) and SLCP
-(Papamakarios et al., 2019), with Sinusoidal Flows and with zuko's spline flow, on the same
-simulations. A table gives the mean log-posterior of held-out parameters, and the calibration: the
-largest difference between credible levels and how often their regions hold the true parameters.
-A picture of the latter, and JSON, are written to a folder.
+Neural posterior estimation (NPE) is run on two moons (Greenberg et al., 2019) and on SLCP
+(Papamakarios et al., 2019), by a plain loop, by lampe or by sbi. All flows get the same
+simulations, optimiser and early stopping. A table gives
+
+- the mean log-posterior of held-out parameters, in standard deviations of the prior,
+- the calibration: the largest difference between credible levels and how often their regions hold
+  the true parameters,
+- with '--data-root', the classifier two-sample test (C2ST) against the reference posteriors of
+  sbibm (Lueckmann et al., 2021): the accuracy of a classifier that tells the flow's samples from
+  reference samples, 0.5 at best and 1 at worst, as a mean over observations.
+
+Samples that the prior does not allow are rejected, as sbi does. Pictures are written to the folder
+'--out', and a JSON file for each finished fit: a run that was interrupted goes on from there, if it
+is started again with the same options.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
-import zuko
-from torch import Size, Tensor, nn
-from tqdm import trange
+from estimators import CLIENTS, FLOWS, Budget, Posterior, Units
+from simulators import OBSERVATIONS, SOURCE, TASKS, Pairs, c2st
+from tqdm import tqdm
 from training import arguments, print_table
-from zuko.lazy import Flow
 
-from pyro_sinflow import SinusoidalFlow
-
-Build = Callable[[int, int], Flow]
-Pairs = tuple[Tensor, Tensor]  # parameters, with shape (N, D), and observations, with shape (N, L)
+Result = dict[str, Any]
 
 
-def two_moons(theta: Tensor) -> Tensor:
-    """Observes a point on a half circle, whose place two parameters from -1 to 1 decide."""
-    angle = math.pi * (torch.rand(len(theta)) - 0.5)
-    radius = 0.1 + 0.01 * torch.randn(len(theta))
-    moon = torch.stack((radius * angle.cos() + 0.25, radius * angle.sin()), dim=1)
-    place = torch.stack((-theta.sum(dim=1).abs(), theta[:, 1] - theta[:, 0]), dim=1)
-    return moon + place / 2**0.5
+class Cell(NamedTuple):
+    """A fit, and what is reported of it."""
+
+    client: str
+    task: str
+    simulations: int
+    flow: str
+    seed: int
+
+    @property
+    def row(self) -> str:
+        """The row of the table that it belongs to."""
+        return f"{self.client}, {self.task}, {self.simulations:,}, {self.flow}"
 
 
-def slcp(theta: Tensor) -> Tensor:
-    """Observes four draws from a normal distribution in the plane, from five parameters."""
-    mean, scale, rho = theta[:, :2], theta[:, 2:4].square(), theta[:, 4].tanh()
-    noise = torch.randn(len(theta), 4, 2)
-    second = rho[:, None] * noise[..., 0] + (1 - rho[:, None].square()).sqrt() * noise[..., 1]
-    noise = torch.stack((noise[..., 0], second), dim=-1)
-    return (mean[:, None] + scale[:, None] * noise).flatten(1)
+def budget_of(cell: Cell, args: argparse.Namespace) -> Budget:
+    """Returns how a flow is fitted, which is the same for all flows."""
+    batch = args.batch or min(max(cell.simulations // 50, 50), 500)
+    return Budget(args.steps, args.epochs, batch, args.lr, args.patience)
 
 
-class Task(NamedTuple):
-    """A simulator, and its prior: uniform between plus and minus ``bound``."""
-
-    simulate: Callable[[Tensor], Tensor]
-    parameters: int
-    bound: float
-
-    def draw(self, n: int) -> Pairs:
-        """Draws parameters, in units of their standard deviation, and observations."""
-        theta = self.bound * (2 * torch.rand(n, self.parameters) - 1)
-        return theta * 3**0.5 / self.bound, self.simulate(theta)
-
-
-TASKS = {"two moons": Task(two_moons, 2, 1.0), "SLCP": Task(slcp, 5, 3.0)}
-
-
-class Posterior(NamedTuple):
-    """What both clients give, in one form."""
-
-    log_prob: Callable[[Tensor, Tensor], Tensor]  # of (N, D) given (N, L), with shape (N)
-    sample: Callable[[int, Tensor], Tensor]  # n times given (N, L), with shape (n, N, D)
-
-
-def with_lampe(build: Build, pairs: Pairs, args: argparse.Namespace, name: str) -> Posterior:
-    """Fits a flow by lampe, which takes its constructor."""
-    from lampe.inference import NPE, NPELoss
-
-    theta, x = pairs
-    npe = NPE(theta.shape[1], x.shape[1], build=build)
-    loss, optimiser = NPELoss(npe), torch.optim.Adam(npe.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.steps)
-    for _ in trange(args.steps, desc=name):
-        rows = torch.randint(len(x), (args.batch,))
-        optimiser.zero_grad()
-        loss(theta[rows], x[rows]).backward()
-        nn.utils.clip_grad_norm_(npe.parameters(), 5.0)
-        optimiser.step()
-        schedule.step()
-    return Posterior(lambda theta, x: npe(theta, x), lambda n, x: npe.flow(x).sample(Size([n])))
-
-
-def with_sbi(build: Build, pairs: Pairs, args: argparse.Namespace, name: str) -> Posterior:
-    """Fits a flow by sbi, whose class for zuko's flows holds any of them."""
-    from sbi.inference import NPE
-    from sbi.neural_nets.estimators import ZukoFlow
-
-    def estimator(theta: Tensor, x: Tensor) -> ZukoFlow:
-        flow = build(theta.shape[1], x.shape[1])
-        return ZukoFlow(flow, nn.Identity(), theta.shape[1:], x.shape[1:])
-
-    trainer = NPE(density_estimator=estimator, show_progress_bars=False).append_simulations(*pairs)
-    epochs = math.ceil(args.steps * args.batch / len(pairs[0]))
-    fitted = trainer.train(
-        training_batch_size=args.batch, learning_rate=1e-3, max_num_epochs=epochs
-    ).eval()
-    return Posterior(
-        lambda theta, x: fitted.log_prob(theta[None], x)[0],
-        lambda n, x: fitted.sample(Size([n]), x),
-    )
-
-
-CLIENTS = {"lampe": with_lampe, "sbi": with_sbi}
-SIZES: dict[str, Any] = {"hidden_features": (64, 64)}
-FLOWS: dict[str, Build] = {
-    "Sinusoidal, autoregressive": partial(
-        SinusoidalFlow, transforms=3, conditioner="autoregressive", **SIZES
-    ),
-    "Sinusoidal, scale": partial(SinusoidalFlow, transforms=6, **SIZES),
-    "NSF": partial(zuko.flows.NSF, transforms=3, **SIZES),
-}
+def file_of(cell: Cell, args: argparse.Namespace) -> Path:
+    """Returns the file of a result, whose name holds all options that it depends on."""
+    budget = budget_of(cell, args)
+    options = f"{args.space}_steps{budget.steps}_epochs{budget.epochs}_batch{budget.batch}"
+    options += f"_lr{budget.lr:g}_patience{budget.patience}_tests{args.tests}"
+    if args.data_root is not None:
+        options += f"_c2st{args.observations}x{args.draws}"
+    return args.out / "cells" / f"{'_'.join(map(str, cell))}_{options}.json"
 
 
 @torch.no_grad()
-def ranks(posterior: Posterior, pairs: Pairs, n: int) -> Tensor:
+def ranks(posterior: Posterior, pairs: Pairs, n: int) -> torch.Tensor:
     """Returns the credible level at which each posterior's region reaches the true parameters.
 
     They are uniform between 0 and 1 if the posterior is calibrated (Hermans et al., 2022).
     """
     theta, x = pairs
     samples = posterior.sample(n, x)
-    density = torch.stack([posterior.log_prob(row, x) for row in samples])
-    return (density > posterior.log_prob(theta, x)).float().mean(dim=0).sort().values
+    inside = posterior.inside(samples)
+    parts = samples.split(max(10_000 // len(x), 1))
+    density = torch.cat(
+        [
+            posterior.log_prob(part.flatten(0, 1), x.repeat(len(part), 1)).view(-1, len(x))
+            for part in parts
+        ]
+    )
+    higher = (density > posterior.log_prob(theta, x)) & inside
+    return (higher.sum(dim=0) / inside.sum(dim=0).clamp(min=1)).sort().values
+
+
+def compare(posterior: Posterior, cell: Cell, args: argparse.Namespace) -> list[float]:
+    """Returns the C2ST of each observation."""
+    scores = []
+    for i in range(1, args.observations + 1):
+        reference, x = TASKS[cell.task].reference(args.data_root, i)
+        rows = torch.randperm(len(reference))[: args.draws]
+        scores.append(c2st(reference[rows], posterior.accepted(args.draws, x)))
+    return scores
+
+
+def run_cell(cell: Cell, args: argparse.Namespace) -> None:
+    """Fits a flow, and writes what it reached."""
+    torch.set_num_threads(1)
+    task = TASKS[cell.task]
+    torch.manual_seed(10_000 + cell.seed)
+    test = task.draw(args.tests)
+    torch.manual_seed(cell.seed)
+    pairs = task.draw(cell.simulations)
+    std, mean = torch.std_mean(pairs[1], dim=0)
+    units = Units(task.bound, args.space == "real", mean, std)
+    begin = time.process_time()
+    posterior = CLIENTS[cell.client](FLOWS[cell.flow], pairs, units, budget_of(cell, args))
+    spent = time.process_time() - begin
+    scores = posterior.log_prob(*test)
+    levels = ranks(posterior, test, 256)
+    coverage = torch.linspace(0, 1, len(levels))
+    result: Result = {
+        "score": float(scores.mean()),
+        "error": float(scores.std()) / len(scores) ** 0.5,
+        "calibration": float((levels - coverage).abs().max()),
+        "levels": [round(level, 4) for level in levels.tolist()],
+        "seconds": spent,
+    }
+    if args.data_root is not None:
+        result["c2st"] = compare(posterior, cell, args)
+    path = file_of(cell, args)
+    # In one step, so that an interruption leaves no partial file.
+    (partial := path.with_suffix(".partial")).write_text(json.dumps(result))
+    partial.replace(path)
+
+
+def run_cells(cells: Sequence[Cell], args: argparse.Namespace) -> dict[Cell, Result]:
+    """Runs what has no file yet, several at a time, and reads the results."""
+    (args.out / "cells").mkdir(parents=True, exist_ok=True)
+    left = [cell for cell in cells if not file_of(cell, args).exists()]
+    with (
+        ProcessPoolExecutor(args.jobs) as pool,
+        tqdm(desc="fits", total=len(cells), initial=len(cells) - len(left)) as bar,
+    ):
+        jobs = {pool.submit(run_cell, cell, args): cell for cell in left}
+        for job in as_completed(jobs):
+            job.result()
+            bar.set_postfix_str(f"{jobs[job].row}, seed {jobs[job].seed}")
+            bar.update()
+    return {cell: json.loads(file_of(cell, args).read_text()) for cell in cells}
+
+
+def spread(values: Sequence[float], error: float) -> str:
+    """Returns the mean over seeds and its standard error; of one seed, the given error."""
+    if len(values) > 1:
+        error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return f"± {error:.3f}"
+
+
+def report(results: dict[Cell, Result], args: argparse.Namespace) -> None:
+    """Prints the table."""
+    rows: dict[str, list[Result]] = {}
+    for cell, result in results.items():
+        rows.setdefault(cell.row, []).append(result)
+    header = ["client, task, simulations, flow", "log-posterior", "calibration", "seconds"]
+    table = []
+    for name, seeds in rows.items():
+        scores = [r["score"] for r in seeds]
+        calibration = max(r["calibration"] for r in seeds)
+        row = [
+            *(name, f"{np.mean(scores):.3f} {spread(scores, seeds[0]['error'])}"),
+            *(f"{calibration:.3f}", f"{np.mean([r['seconds'] for r in seeds]):.0f}"),
+        ]
+        if args.data_root is not None:
+            means = [float(np.mean(r["c2st"])) for r in seeds]
+            of_one = float(np.std(seeds[0]["c2st"])) / len(seeds[0]["c2st"]) ** 0.5
+            row.insert(2, f"{np.mean(means):.3f} {spread(means, of_one)}")
+        table.append(row)
+    if args.data_root is not None:
+        header.insert(2, "C2ST")
+    print_table(header, table)
+
+
+def plot_coverage(ax: plt.Axes, results: dict[Cell, Result], cells: Sequence[Cell]) -> None:
+    """Draws how often credible regions hold the parameters, for most simulations, one seed."""
+    most = max(cell.simulations for cell in cells)
+    ax.axline((0, 0), slope=1, color="0.7")
+    for cell in cells:
+        if cell.simulations == most and cell.seed == 0:
+            levels = results[cell]["levels"]
+            ax.plot(levels, np.linspace(0, 1, len(levels)), label=cell.flow)
+    ax.set(xlabel="credible level", ylabel="coverage")
+
+
+def plot_c2st(ax: plt.Axes, results: dict[Cell, Result], cells: Sequence[Cell]) -> None:
+    """Draws the C2ST over the number of simulations."""
+    for flow in dict.fromkeys(cell.flow for cell in cells):
+        scores: dict[int, list[float]] = {}
+        for cell in cells:
+            if cell.flow == flow:
+                scores.setdefault(cell.simulations, []).extend(results[cell]["c2st"])
+        sizes = sorted(scores)
+        ax.semilogx(sizes, [np.mean(scores[n]) for n in sizes], "o-", label=flow)
+    ax.set(xlabel="simulations", ylabel="C2ST", ylim=(0.5, 1))
+
+
+def pictures(results: dict[Cell, Result], args: argparse.Namespace) -> None:
+    """Writes a picture of the coverage, and one of the C2ST."""
+    plots = {"coverage": plot_coverage}
+    if args.data_root is not None:
+        plots["c2st"] = plot_c2st
+    for name, plot in plots.items():
+        rows, columns = len(args.client), len(args.tasks)
+        size = (4 * columns, 4 * rows)
+        fig, axes = plt.subplots(
+            rows,
+            columns,
+            figsize=size,
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
+        pairs = product(args.client, args.tasks)
+        for ax, (client, task) in zip(axes.flat, pairs, strict=True):
+            plot(ax, results, [c for c in results if (c.client, c.task) == (client, task)])
+            ax.set_title(f"{client}: {task}")
+            ax.label_outer()
+        axes[0, 0].legend()
+        fig.savefig(args.out / f"{name}.png", dpi=100)
+        plt.close(fig)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the arguments."""
+    parser = arguments(__doc__)
+    parser.epilog = SOURCE
+    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+
+    def choice(name: str, choices: Sequence[str], default: Sequence[str]) -> None:
+        quoted = ", ".join(f"'{c}'" for c in choices)
+        chosen = "all" if default == choices else ", ".join(default)
+        text = f"some of {quoted} (default: {chosen})"
+        parser.add_argument(name, choices=choices, default=default, help=text, **several)
+
+    choice("--client", [*CLIENTS], ["zuko"])
+    choice("--tasks", [*TASKS], [*TASKS])
+    choice("--flows", [*FLOWS], [*FLOWS])
+
+    def number(name: str, default: float, text: str) -> None:
+        text += " (default: %(default)s)"
+        parser.add_argument(name, type=type(default), default=default, help=text)
+
+    parser.add_argument(
+        "--simulations",
+        nargs="+",
+        type=int,
+        default=[10_000],
+        metavar="N",
+        help="numbers of simulations of each task, at least 20 (default: 10000)",
+    )
+    number("--seeds", 1, "how many")
+    number("--steps", 5000, "of the optimiser, at most")
+    number("--epochs", 100, "passes over the simulations, at most")
+    number("--patience", 20, "passes without a better validation after which a fit stops")
+    number("--lr", 1e-3, "the learning rate at first")
+    text = "simulations in a step (default: a fiftieth of all, between 50 and 500)"
+    parser.add_argument("--batch", type=int, help=text)
+    text = "fit the parameters, or their logits, which have no bounds (default: %(default)s)"
+    parser.add_argument("--space", choices=("box", "real"), default="box", help=text)
+    number("--tests", 500, "held-out pairs")
+    text = "folder of 'sbibm.npz'; without it, the C2ST is left out"
+    parser.add_argument("--data-root", type=Path, help=text)
+    number("--draws", 1000, "samples of each kind for the C2ST")
+    number("--observations", 5, "of each task for the C2ST, at most 10")
+    number("--jobs", 1, "fits at a time")
+    args = parser.parse_args(argv)
+
+    least = {"seeds": 1, "steps": 1, "epochs": 1, "patience": 1, "tests": 2, "draws": 10, "jobs": 1}
+    for name, minimum in least.items():
+        if (value := getattr(args, name)) < minimum:
+            parser.error(f"'--{name}' should be at least {minimum}, got {value}")
+    if min(args.simulations) < 20:
+        parser.error(f"'--simulations' should be at least 20, got {min(args.simulations)}")
+    if not 1 <= args.observations <= OBSERVATIONS:
+        parser.error(f"'--observations' should be from 1 to 10, got {args.observations}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs both tasks with the clients that are asked for."""
-    parser = arguments(__doc__)
-    parser.add_argument("--client", nargs="+", choices=CLIENTS, default=[*CLIENTS], help="clients")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument(
-        "--simulations", type=int, default=10_000, help="of each task (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=1500, help="of the optimiser (default: %(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=128, help="rows (default: %(default)s)")
-    parser.add_argument("--tests", type=int, default=500, help="pairs (default: %(default)s)")
-    args = parser.parse_args(argv)
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    fig, axes = plt.subplots(
-        len(args.client),
-        len(TASKS),
-        figsize=(8, 4 * len(args.client)),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
-    results: dict[str, dict[str, float]] = {}
-    for row, client in zip(axes, args.client, strict=True):
-        for ax, (task_name, task) in zip(row, TASKS.items(), strict=True):
-            torch.manual_seed(args.seed)
-            theta, x = task.draw(args.simulations + args.tests)
-            std, mean = torch.std_mean(x[args.tests :], dim=0)
-            x = (x - mean) / std
-            test, pairs = (
-                (theta[: args.tests], x[: args.tests]),
-                (theta[args.tests :], x[args.tests :]),
-            )
-            ax.axline((0, 0), slope=1, color="0.7")
-            for flow, build in FLOWS.items():
-                name = f"{client}, {task_name}, {flow}"
-                torch.manual_seed(args.seed)
-                posterior = CLIENTS[client](build, pairs, args, name)
-                with torch.no_grad():
-                    scores = posterior.log_prob(*test)
-                levels = ranks(posterior, test, 256)
-                coverage = torch.linspace(0, 1, len(levels))
-                results[name] = {
-                    "score": float(scores.mean()),
-                    "error": float(scores.std()) / len(scores) ** 0.5,
-                    "calibration": float((levels - coverage).abs().max()),
-                }
-                ax.plot(levels, coverage, label=flow)
-            ax.set(title=f"{client}: {task_name}", xlabel="credible level", ylabel="coverage")
-            ax.label_outer()
-    axes[0, 0].legend()
-    fig.savefig(args.out / "coverage.png", dpi=100)
-    plt.close(fig)
-    (args.out / "simulation.json").write_text(json.dumps(results, indent=2))
-    print_table(
-        ("client, task, flow", "log-posterior", "calibration"),
-        [
-            [name, f"{r['score']:.2f} ± {r['error']:.2f}", f"{r['calibration']:.3f}"]
-            for name, r in results.items()
-        ],
-    )
+    """Runs the fits that are asked for, and reports them."""
+    args = parse(argv)
+    if args.data_root is not None:
+        for task in args.tasks:
+            TASKS[task].reference(args.data_root, args.observations)  # or an error, before any fit
+    cells = [
+        Cell(*key)
+        for key in product(args.client, args.tasks, args.simulations, args.flows, range(args.seeds))
+    ]
+    results = run_cells(cells, args)
+    pictures(results, args)
+    report(results, args)
     print("\nWritten to", args.out)
 
 
