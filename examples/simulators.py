@@ -51,8 +51,8 @@ def slcp(theta: Tensor) -> Tensor:
 class Task(NamedTuple):
     """A simulator, and its prior: uniform between plus and minus ``bound``.
 
-    Flows are fitted to the logits of the parameters where this gained all of them validation
-    log-posterior, with 1,000 simulations, and to the parameters elsewhere.
+    Flows are fitted to the logits of the parameters if ``logits``, otherwise to the parameters,
+    whichever gave all flows the higher held-out log-posterior with 1,000 simulations.
     """
 
     simulate: Callable[[Tensor], Tensor]

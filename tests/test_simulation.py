@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from pyro_sinflow import SinusoidalFlow
 
 TINY = ("--steps", "3", "--simulations", "100", "--batch", "50", "--tests", "10")
-FLOWS = ("Sinusoidal, default", "Sinusoidal, autoregressive", "NSF")
+FLOWS = ("Sinusoidal, default", "Sinusoidal, independent", "NSF")
 
 
 @pytest.fixture
