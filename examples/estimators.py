@@ -23,9 +23,7 @@ Build = Callable[[int, int], Flow]
 SIZES: dict[str, Any] = {"hidden_features": (64, 64)}
 FLOWS: dict[str, Build] = {
     "Sinusoidal, default": SinusoidalFlow,
-    "Sinusoidal, autoregressive": partial(
-        SinusoidalFlow, transforms=3, conditioner="autoregressive", **SIZES
-    ),
+    "Sinusoidal, independent": partial(SinusoidalFlow, conditioner="independent"),
     "NSF": partial(zuko.flows.NSF, transforms=3, **SIZES),
 }
 

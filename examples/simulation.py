@@ -59,10 +59,17 @@ def budget_of(cell: Cell, args: argparse.Namespace) -> Budget:
     return Budget(args.steps, args.epochs, batch, args.lr, args.patience)
 
 
+def space_of(cell: Cell, args: argparse.Namespace) -> str:
+    """Returns what a flow is fitted in, which is the same for all flows."""
+    return args.space or ("real" if TASKS[cell.task].logits else "box")
+
+
 def file_of(cell: Cell, args: argparse.Namespace) -> Path:
     """Returns the file of a result, whose name holds all options that it depends on."""
     budget = budget_of(cell, args)
-    options = f"{args.space}_steps{budget.steps}_epochs{budget.epochs}_batch{budget.batch}"
+    options = (
+        f"{space_of(cell, args)}_steps{budget.steps}_epochs{budget.epochs}_batch{budget.batch}"
+    )
     options += f"_lr{budget.lr:g}_patience{budget.patience}_tests{args.tests}"
     if args.data_root is not None:
         options += f"_c2st{args.observations}x{args.draws}"
@@ -108,7 +115,7 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> None:
     torch.manual_seed(cell.seed)
     pairs = task.draw(cell.simulations)
     std, mean = torch.std_mean(pairs[1], dim=0)
-    units = Units(task.bound, args.space == "real", mean, std)
+    units = Units(task.bound, space_of(cell, args) == "real", mean, std)
     begin = time.process_time()
     posterior = CLIENTS[cell.client](FLOWS[cell.flow], pairs, units, budget_of(cell, args))
     spent = time.process_time() - begin
@@ -262,8 +269,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     number("--lr", 1e-3, "the learning rate at first")
     text = "simulations in a step (default: a fiftieth of all, between 50 and 500)"
     parser.add_argument("--batch", type=int, help=text)
-    text = "fit the parameters, or their logits, which have no bounds (default: %(default)s)"
-    parser.add_argument("--space", choices=("box", "real"), default="box", help=text)
+    text = "fit the parameters (box) or their logits, which have no bounds (real). By default, two "
+    text += "moons has the former, SLCP the latter"
+    parser.add_argument("--space", choices=("box", "real"), help=text)
     number("--tests", 500, "held-out pairs")
     text = "folder of 'sbibm.npz'; without it, the C2ST is left out"
     parser.add_argument("--data-root", type=Path, help=text)

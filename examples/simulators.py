@@ -49,11 +49,16 @@ def slcp(theta: Tensor) -> Tensor:
 
 
 class Task(NamedTuple):
-    """A simulator, and its prior: uniform between plus and minus ``bound``."""
+    """A simulator, and its prior: uniform between plus and minus ``bound``.
+
+    Flows are fitted to the logits of the parameters if ``logits``, otherwise to the parameters,
+    whichever gave all flows the higher held-out log-posterior with 1,000 simulations.
+    """
 
     simulate: Callable[[Tensor], Tensor]
     parameters: int
     bound: float
+    logits: bool
 
     def draw(self, n: int) -> Pairs:
         """Draws parameters from the prior, and an observation from each."""
@@ -67,7 +72,10 @@ class Task(NamedTuple):
         return torch.as_tensor(theta).float(), torch.as_tensor(x).float()
 
 
-TASKS = {"two moons": Task(two_moons, 2, 1.0), "SLCP": Task(slcp, 5, 3.0)}
+TASKS = {
+    "two moons": Task(two_moons, 2, 1.0, logits=False),
+    "SLCP": Task(slcp, 5, 3.0, logits=True),
+}
 
 
 def c2st(x: Tensor, y: Tensor, seed: int = 1) -> float:

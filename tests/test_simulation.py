@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from pyro_sinflow import SinusoidalFlow
 
 TINY = ("--steps", "3", "--simulations", "100", "--batch", "50", "--tests", "10")
-FLOWS = ("Sinusoidal, default", "Sinusoidal, autoregressive", "NSF")
+FLOWS = ("Sinusoidal, default", "Sinusoidal, independent", "NSF")
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_files_hold_the_options(tmp_path, load):
     simulation = load("simulation")
     cell = simulation.Cell("zuko", "SLCP", 1000, "NSF", 0)
     names = set()
-    for options in ("", "--data-root .", "--data-root . --draws 50", "--space real", "--lr 2e-3"):
+    for options in ("", "--data-root .", "--data-root . --draws 50", "--space box", "--lr 2e-3"):
         args = simulation.parse(["--out", str(tmp_path), *options.split()])
         names.add(simulation.file_of(cell, args))
     assert len(names) == 5
