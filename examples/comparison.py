@@ -2,8 +2,8 @@
 
 Each flow is fitted with every learning rate of a short list, and the one that validates best is
 kept; the other seeds are fitted with it. All flows get the same batches, optimiser and early
-stopping. Printed are the mean test NLL over seeds with its standard error, in nats of standardised
-features, and for each data set the costs of a step and of samples, in steps of MAF.
+stopping. Printed are, for each data set, the mean test NLL over seeds with its standard error, in
+nats of standardised features, and the costs of a step and of samples, in steps of MAF.
 
 The tables of the UCI repository and BSDS300 are read from the folder '--data-root'. Fits are
 written to a folder, and read from there if the command is given again.
@@ -135,8 +135,8 @@ def measure(flow: Flow, data: Data, batch: int = 128) -> Fit:
     return results | {"round trip": float(back.max())}
 
 
-def costs(data: str, results: Results, args: argparse.Namespace) -> None:
-    """Measures what steps and samples of the fitted flows cost, side by side, and prints it."""
+def costs(data: str, results: Results, args: argparse.Namespace) -> dict[str, Fit]:
+    """Measures what steps and samples of the fitted flows of a data set cost, side by side."""
     rows = DATA[data](args.data_root)
     found: dict[str, Fit] = {}
     for name in args.flows:
@@ -145,18 +145,7 @@ def costs(data: str, results: Results, args: argparse.Namespace) -> None:
         saved = torch.load(checkpoint.with_suffix(".pt"), weights_only=True)
         flow.load_state_dict(saved["progress"][-1])
         found[name] = measure(flow, rows)
-    unit = found.get("MAF", next(iter(found.values())))["step"]
-    table = []
-    for name, r in found.items():
-        samples, trip = "none", ""
-        if r["samples"] is not None:
-            samples = ("" if r["drawn"] == 1000 else "> ") + f"{r['samples'] / unit:.1f}"
-            trip = f"{r['round trip']:.0e}"
-        determinant = "estimated" if name in ESTIMATED else "exact"
-        cells = f"{r['parameters']:,}", f"{r['step'] / unit:.1f}", samples, trip, determinant
-        table.append([name, *cells])
-    columns = ("parameters", "time of a step", "1,000 samples", "round trip", "log-determinant")
-    print_table((data, *columns), table)
+    return found
 
 
 def spread(fits: list[Fit]) -> tuple[float, float]:
@@ -168,27 +157,45 @@ def spread(fits: list[Fit]) -> tuple[float, float]:
 
 
 def show(results: Results, args: argparse.Namespace) -> None:
-    """Prints the scores, and how often each flow is first or within a standard error of it."""
-
-    def cell(data: str, flow: str) -> str:
-        fits = results[data, flow]
-        score, error = spread(fits)
-        return f"{score:.2f} ± {error:.2f}, {mean(f['steps'] for f in fits):,.0f}"
-
+    """Prints the scores, bold where they are first or within a standard error of the first."""
     leads = dict.fromkeys(args.flows, 0)
+    scores, steps, rates = [], [], []
     for data in args.data:
         best, error = min(spread(results[data, flow]) for flow in args.flows)
+        row = [data]
         for flow in args.flows:
             score, own = spread(results[data, flow])
-            leads[flow] += score <= best + (error**2 + own**2) ** 0.5
-    print_table(
-        ("test NLL, steps", *args.data, "first or level"),
-        [[f, *(cell(d, f) for d in args.data), f"{leads[f]} of {len(args.data)}"] for f in leads],
-    )
-    print_table(
-        ("learning rate", *args.data),
-        [[f, *(f"{results[d, f][0]['rate']:g}" for d in args.data)] for f in args.flows],
-    )
+            level = score <= best + (error**2 + own**2) ** 0.5
+            leads[flow] += level
+            row.append(f"**{score:.2f} ± {own:.2f}**" if level else f"{score:.2f} ± {own:.2f}")
+        scores.append(row)
+        fits = [results[data, flow] for flow in args.flows]
+        steps.append([data, *(f"{mean(f['steps'] for f in seeds):,.0f}" for seeds in fits)])
+        rates.append([data, *(f"{seeds[0]['rate']:g}" for seeds in fits)])
+    scores.append(["first or level", *(f"{n} of {len(args.data)}" for n in leads.values())])
+    for title, table in (("test NLL", scores), ("steps", steps), ("learning rate", rates)):
+        print_table((title, *args.flows), table)
+
+
+def show_costs(found: dict[str, dict[str, Fit]], args: argparse.Namespace) -> None:
+    """Prints sizes, times in steps of MAF, and round-trip errors."""
+
+    def cell(data: str, flow: str) -> list[str]:
+        flows = found[data]
+        unit = flows.get("MAF", next(iter(flows.values())))["step"]
+        r = flows[flow]
+        samples, trip = "none", ""
+        if r["samples"] is not None:
+            samples = ("" if r["drawn"] == 1000 else "> ") + f"{r['samples'] / unit:.1f}"
+            trip = f"{r['round trip']:.0e}"
+        return [f"{r['parameters']:,}", f"{r['step'] / unit:.1f}", samples, trip]
+
+    titles = ("parameters", "time of a step", "1,000 samples", "round trip")
+    for i, title in enumerate(titles):
+        rows = [[data, *(cell(data, flow)[i] for flow in args.flows)] for data in args.data]
+        print_table((title, *args.flows), rows)
+    if estimated := [name for name in args.flows if name in ESTIMATED]:
+        print(f"\nThe log-determinant is an estimate for {', '.join(estimated)}.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -216,8 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.flows = [name for name in args.flows if name not in missing]
     results = fit_all(args)
     show(results, args)
-    for data in args.data:
-        costs(data, results, args)
+    show_costs({data: costs(data, results, args) for data in args.data}, args)
     found = {data: {flow: results[data, flow] for flow in args.flows} for data in args.data}
     (args.out / "comparison.json").write_text(json.dumps(found, indent=2))
     print(f"{TAN}\n\nWritten to {args.out}")
