@@ -218,13 +218,11 @@ class LazyAsinh(Lazy):
     def forward(self, c: Tensor | None = None) -> Asinh:
         """Returns the transformation, which does not depend on the context."""
         start = math.log(0.3 / 0.7)  # the logit of 0.3
-        return Asinh(start + _FASTER * at_least_float32(self.parameter))
+        return Asinh(self.parameter, _FASTER, start)
 
 
 class LazyLinear(Lazy):
     r"""Creates a lazy linear transformation. It starts as the identity.
-
-    Its matrix is a parameter times three, so that it learns faster than the networks.
 
     Args:
         features: The number of features.
@@ -237,7 +235,7 @@ class LazyLinear(Lazy):
 
     def forward(self, c: Tensor | None = None) -> Linear:
         """Returns the transformation, which does not depend on the context."""
-        return Linear(3 * at_least_float32(self.weight))
+        return Linear(self.weight)
 
 
 class LazySinusoids(LazyElementWise):

@@ -7,8 +7,14 @@ from torch import Size, Tensor
 
 from . import _validate as check
 from ._torch import without_autocast
-from .bijection import Bijection
+from .bijection import Bijection, at_least_float32
 from .element_wise import bounded
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Multiplies vectors by a matrix."""
+    # For a single vector, only 'mv' supports batched forward-mode differentiation in torch.
+    return torch.mv(matrix, x) if x.ndim == 1 else x @ matrix.mT
 
 
 class Linear(Bijection):
@@ -46,9 +52,12 @@ class Linear(Bijection):
 
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns L without its diagonal, U, and the logarithms of the diagonal of U."""
-        log_diagonal = bounded(self.matrix.diagonal(), 1e3)
-        upper = self.matrix.triu(1) + log_diagonal.exp().diag_embed()
-        return self.matrix.tril(-1), upper, log_diagonal
+        # At each use: a distribution that is kept follows the parameters, and has no part of a
+        # graph that an earlier backward pass has freed.
+        matrix = at_least_float32(self.matrix)
+        log_diagonal = bounded(matrix.diagonal(), 1e3)
+        upper = matrix.triu(1) + log_diagonal.exp().diag_embed()
+        return matrix.tril(-1), upper, log_diagonal
 
     def _check_dtype(self, name: str, x: Tensor) -> None:
         if x.dtype != self.matrix.dtype:
@@ -58,8 +67,8 @@ class Linear(Bijection):
         self._check_dtype("x", x)
         lower, upper, log_diagonal = self._factors()
         with without_autocast(x):  # as the inverse, which would not return to x otherwise
-            y = x @ upper.mT
-            return y + y @ lower.mT, log_diagonal.sum().expand(x.shape[:-1])
+            y = _product(upper, x)
+            return y + _product(lower, y), log_diagonal.sum().expand(x.shape[:-1])
 
     def _inverse(self, y: Tensor) -> Tensor:
         self._check_dtype("y", y)

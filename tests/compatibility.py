@@ -201,8 +201,9 @@ SUBJECTS: dict[str, dict[str, Callable[[Solver], Subject]]] = {
 
 def make(column: str, variant: str, solver: Solver = Solver()) -> Subject:
     """Returns a subject whose parameters are away from where they start."""
-    # Some parameters of AutoLDU are multiplied by ten.
-    return perturb(SUBJECTS[column][variant](solver), 0.05 if column == "AutoLDU" else 0.2)
+    # Some parameters of AutoLDU and SinusoidalFlow are multiplied by ten.
+    scale = {"AutoLDU": 0.05, "SinusoidalFlow": 0.1}.get(column, 0.2)
+    return perturb(SUBJECTS[column][variant](solver), scale)
 
 
 def inputs(s: Subject, *batch: int) -> tuple[Tensor, Tensor | None]:

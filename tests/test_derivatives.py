@@ -55,7 +55,8 @@ def flow(direction, derivatives=2, **options):
     module = perturb(
         SinusoidalFlow(
             3, 2, transforms=1, solver=Solver(derivatives=derivatives), **SMALL, **options
-        )
+        ),
+        0.1,  # some parameters are multiplied by ten
     )
     names = [n for n, _ in module.named_parameters()]
     inputs = [torch.randn(4, 3), torch.randn(4, 2), *(p.detach() for p in module.parameters())]
@@ -260,9 +261,9 @@ def transforms():
     )
     return {
         **dict(networks_of_zuko()),
-        "SinusoidalFlow": perturb(SinusoidalFlow(4))().transform,
-        "independent": perturb(SinusoidalFlow(4, transforms=2, **BLOCKS))().transform,
-        "image": perturb(image)().transform,
+        "SinusoidalFlow": perturb(SinusoidalFlow(4), 0.1)().transform,
+        "independent": perturb(SinusoidalFlow(4, transforms=2, **BLOCKS), 0.1)().transform,
+        "image": perturb(image, 0.1)().transform,
         "LDU": perturb(LDU(4)),
         "Sinusoidal": perturb(Sinusoidal(4)),
     }

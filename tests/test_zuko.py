@@ -64,7 +64,7 @@ def test_starts_near_the_base():
     flow = SinusoidalFlow(3, transforms=4)
     x = torch.randn(100, 3)
     tails, *parts, last = flow.transform.transforms
-    assert torch.allclose(tails()(x), (0.3 * x).asinh() / 0.3, atol=1e-6)
+    assert ((tails()(x) - x).abs() <= (0.31 * x).square() * x.abs() / 6 + 1e-6).all()
     for linear, triangular in zip(parts[::2], parts[1::2], strict=True):
         assert torch.equal(linear()(x), x)
         triangular.network.mlp[-1].weight.data.zero_()  # of what the network sees, the bias is left
@@ -147,11 +147,11 @@ def test_state_dict_and_pickle(options):
 
 
 def test_random_orders_survive_a_state_dict():
-    flow = perturb(SinusoidalFlow(6, transforms=2, randperm=True))
+    flow = perturb(SinusoidalFlow(6, transforms=2, randperm=True).double())
     torch.manual_seed(123)
-    other = SinusoidalFlow(6, transforms=2, randperm=True)
+    other = SinusoidalFlow(6, transforms=2, randperm=True).double()
     other.load_state_dict(flow.state_dict())
-    x = torch.randn(5, 6)
+    x = torch.randn(5, 6).double()
     assert torch.equal(other().log_prob(x), flow().log_prob(x))
     z = flow().transform(x)
     assert torch.allclose(other().transform.inv(z), x, atol=1e-3)

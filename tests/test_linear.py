@@ -1,0 +1,479 @@
+"""The linear maps and the compression of tails: each by itself, and as options of the flow."""
+
+import copy
+import math
+import pickle
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import FLOAT, perturb, residual, slogdet
+from hypothesis import example, given
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.functional import jacobian
+from torch.distributions import constraints
+
+from pyro_sinflow import PixelCNN, SinusoidalFlow
+from pyro_sinflow.element_wise import Asinh
+from pyro_sinflow.lazy import LazyAsinh, LazyLinear
+from pyro_sinflow.linear import Linear
+
+BATCHES = [(), (5,), (2, 3)]
+ENDS = [-200.0, 0.0, 200.0]  # of the unconstrained b
+TREE = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1]])
+MAKE = {
+    "Linear": lambda dtype=torch.float64: Linear(torch.randn(3, 3, dtype=dtype)),
+    "Asinh": lambda dtype=torch.float64: Asinh(torch.randn(3, dtype=dtype)),
+}
+LAZY = {"Linear": lambda: LazyLinear(3), "Asinh": lambda: LazyAsinh(torch.Size([3]))}
+
+
+def total(t, ladj):
+    """The log-determinant of events of three features."""
+    return ladj if t.event_dim == 1 else ladj.sum(dim=-1)
+
+
+def both(name):
+    """Both directions of a transform as functions of an input and the parameters."""
+    cls = {"Linear": Linear, "Asinh": Asinh}[name]
+    return {
+        "forward": lambda x, p: cls(p).call_and_ladj(x),
+        "inverse": lambda x, p: cls(p).inv.call_and_ladj(x),
+    }
+
+
+def parameters(name):
+    return torch.randn((3, 3) if name == "Linear" else (3,), dtype=torch.float64)
+
+
+# Each by itself
+
+
+@pytest.mark.parametrize("dtype", FLOAT)
+@pytest.mark.parametrize("features", [1, 2, 7])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_linear_map_starts_as_the_identity(features, batch, dtype):
+    t = LazyLinear(features).to(dtype)()
+    x = torch.randn(*batch, features, dtype=dtype)
+    y, ladj = t.call_and_ladj(x)
+    assert torch.equal(y, x)
+    assert torch.equal(t.inv(x), x)
+    assert torch.equal(ladj, torch.zeros(batch, dtype=dtype))
+
+
+def test_a_linear_map_is_the_product_of_its_factors():
+    matrix, x = torch.randn(4, 4).double(), torch.randn(5, 4).double()
+    diagonal = matrix.diagonal() / (1 + matrix.diagonal().abs() / math.log(1e3))
+    lower = matrix.tril(-1) + torch.eye(4)
+    upper = matrix.triu(1) + diagonal.exp().diag()
+    t = Linear(matrix)
+    assert torch.allclose(t(x), x @ (lower @ upper).T, atol=1e-12)
+    _, ladj = t.call_and_ladj(x)
+    assert torch.allclose(ladj, (lower @ upper).slogdet().logabsdet.expand(5), atol=1e-12)
+
+
+@pytest.mark.parametrize("entry", [-1e30, -1e3, 1e3, 1e30])
+def test_the_diagonal_of_u_is_bounded(entry):
+    t = Linear(entry * torch.eye(3))
+    scale = t(torch.ones(3))
+    assert (scale >= 1e-3 * 0.999).all()
+    assert (scale <= 1e3 * 1.001).all()
+    assert torch.allclose(t.inv(scale), torch.ones(3))
+
+
+def test_tails_start_with_a_b_of_three_tenths():
+    x = torch.linspace(-50, 50, 21).double()[:, None].expand(21, 3)
+    t = LazyAsinh(torch.Size([3])).double()()
+    b = 1e-3 + (1 - 1e-3) * 0.3
+    assert torch.allclose(t(x), (b * x).asinh() / b, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rate", "b"), [(-200.0, 1e-3), (0.0, 0.5005), (200.0, 1.0)])
+def test_b_lies_between_its_bounds(rate, b):
+    t, x = Asinh(torch.tensor(rate).double()), torch.linspace(-9, 9, 19).double()
+    assert torch.allclose(t(x), (b * x).asinh() / b, atol=1e-12)
+    assert torch.allclose(t.inv(x), (b * x).sinh() / b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", FLOAT)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", MAKE)
+def test_log_determinants(name, batch, dtype):
+    t, x = MAKE[name](dtype), torch.randn(*batch, 3, dtype=dtype)
+    y, ladj = t.call_and_ladj(x)
+    back, inverse = t.inv.call_and_ladj(y)
+    atol = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    assert total(t, ladj).shape == batch
+    assert torch.allclose(total(t, ladj), slogdet(t, x, 1), atol=atol)
+    assert torch.allclose(total(t, t.log_abs_det_jacobian(x, y)), slogdet(t, x, 1), atol=atol)
+    assert torch.allclose(total(t, inverse), slogdet(t.inv, y, 1), atol=100 * atol)
+    assert y.shape == back.shape == x.shape
+    assert ladj.dtype == y.dtype == dtype
+
+
+def check_round_trip(t, y):
+    """Solving with each factor is exact for factors that differ by a few units of round-off."""
+    x = t.inv(y)
+    lower, upper, _ = t._factors()
+    # Of the product of the magnitudes of L, U and x.
+    size = x.abs() @ upper.abs().mT
+    size = size + size @ lower.abs().mT + y.abs()
+    assert ((t(x) - y).abs() <= 8 * len(lower) * torch.finfo(y.dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("dtype", FLOAT)
+@given(
+    entries=st.lists(st.floats(-1e3, 1e3, width=32), min_size=9, max_size=9),
+    y=st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3),
+)
+@example(entries=[1e3] * 9, y=[1e4, -1e4, 1e-6])
+@example(entries=[-1e3] * 9, y=[0.0, 0.0, 1e4])
+@example(entries=[1e3, -1e3] * 4 + [1e3], y=[1.0, -1.0, 0.0])
+def test_round_trip_of_a_linear_map(dtype, entries, y):
+    t, y = Linear(torch.tensor(entries, dtype=dtype).view(3, 3)), torch.tensor(y, dtype=dtype)
+    check_round_trip(t, y)
+    check_round_trip(t, torch.stack((y, -y, y / 7)))
+
+
+@pytest.mark.parametrize("dtype", FLOAT)
+@given(rate=st.floats(-200, 200, width=32), y=st.floats(-80, 80, width=32))
+@example(rate=-200.0, y=80.0)
+@example(rate=0.0, y=-80.0)
+@example(rate=200.0, y=80.0)
+@example(rate=200.0, y=1e-6)
+def test_round_trip_of_tails(dtype, rate, y):
+    t, y = Asinh(torch.tensor(rate, dtype=dtype)), torch.tensor(y, dtype=dtype)
+    assert residual(t, t.inv(y), y) <= FLOAT[dtype]
+
+
+@pytest.mark.parametrize("dtype", FLOAT)
+@pytest.mark.parametrize("rate", ENDS)
+@pytest.mark.parametrize("value", [0.0, 1e-6, -1e-6, 1.0, 1e4, -1e4, 1e19, -1e19, 1e30])
+def test_tails_and_their_slopes_have_all_digits(value, rate, dtype):
+    # Several values, for the code of vectors, and one, for that of a single number.
+    for shape in ((), (17,)):
+        x = torch.full(shape, value, dtype=dtype)
+        t = Asinh(torch.tensor(rate, dtype=dtype))
+        y, ladj = t.call_and_ladj(x)
+        wide = x.double()
+        b = 1e-3 + (1 - 1e-3) * torch.tensor(rate).double().sigmoid()
+        assert torch.allclose(y.double(), (b * wide).asinh() / b, rtol=FLOAT[dtype])
+        expected = -(1 + (b * wide).square()).log() / 2
+        assert ladj.isfinite().all()
+        eps = torch.finfo(dtype).eps  # of the slopes near one
+        assert torch.allclose(ladj.double(), expected, rtol=FLOAT[dtype], atol=eps)
+        x.requires_grad_()
+        y, ladj = t.call_and_ladj(x)
+        for gradient in torch.autograd.grad((y.sum(), ladj.sum()), x):
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_there_and_back_again(name):
+    t, x = MAKE[name](), 100 * torch.randn(1000, 3).double()
+    assert torch.allclose(t.inv(t(x)), x, rtol=1e-9)
+
+
+def test_a_single_vector_is_inverted_as_a_batch_is():
+    t, y = MAKE["Linear"](), torch.randn(2, 3, 3).double()
+    assert t.inv(y[0, 0]).shape == (3,)
+    for i in range(2):
+        for j in range(3):
+            assert torch.allclose(t.inv(y[i, j]), t.inv(y)[i, j], rtol=1e-12)
+    assert t.inv(torch.zeros(0, 3).double()).shape == (0, 3)
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", MAKE)
+def test_gradients(name, batch, direction):
+    inputs = torch.randn(*batch, 3).double().requires_grad_(), parameters(name).requires_grad_()
+    f = both(name)[direction]
+    assert gradcheck(f, inputs, check_forward_ad=True)
+    assert gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("name", MAKE)
+def test_torch_func(name, direction):
+    t = MAKE[name]()
+    t = t if direction == "forward" else t.inv
+    x, v = torch.randn(4, 3).double(), torch.randn(3).double()
+    expected = torch.stack([jacobian(t, row) for row in x])
+    assert torch.allclose(torch.func.vmap(t)(x), t(x), atol=1e-12)
+    for mode in (torch.func.jacrev, torch.func.jacfwd):
+        assert torch.allclose(torch.func.vmap(mode(t))(x), expected, atol=1e-10)
+        for outer in (torch.func.jacrev, torch.func.jacfwd):
+            second = outer(mode(t))(x[0])
+            assert torch.allclose(second, jacobian(lambda x: jacobian(t, x, True), x[0]))
+    value, tangent = torch.func.jvp(t, (x[0],), (v,))
+    assert torch.allclose(value, t(x[0]), atol=1e-12)
+    assert torch.allclose(tangent, expected[0] @ v, atol=1e-10)
+    ladj = torch.func.vmap(lambda row: t.call_and_ladj(row)[1].sum())(x)
+    assert torch.allclose(ladj, expected.slogdet().logabsdet, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("name", MAKE)
+def test_vectorized_jacobian(name, direction, strategy):
+    t, x = MAKE[name](), torch.randn(3).double()
+    f = t if direction == "forward" else t.inv
+    assert torch.allclose(jacobian(f, x, vectorize=True, strategy=strategy), jacobian(f, x))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("name", MAKE)
+def test_vmap_over_parameters(name, direction):
+    f, x = both(name)[direction], torch.randn(3).double()
+    p = torch.stack([parameters(name) for _ in range(4)])
+    one_by_one = zip(*(f(x, q) for q in p), strict=True)
+    for a, b in zip(torch.func.vmap(f, (None, 0))(x, p), one_by_one, strict=True):
+        assert torch.allclose(a, torch.stack(b), atol=1e-12)
+
+
+# As other transforms
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LAZY)
+def test_weights_of_half_precision_are_lifted(name, dtype):
+    lazy = perturb(LAZY[name]()).to(dtype)
+    t, x = lazy(), torch.randn(5, 3, dtype=dtype)
+    y, ladj = t.call_and_ladj(x)
+    back = t.inv(y)
+    assert y.dtype == ladj.dtype == back.dtype == torch.float32
+    assert torch.allclose(back, x.float(), atol=1e-4)
+    assert torch.equal(y, copy.deepcopy(lazy).float()()(x.float()))
+    (back.sum() + ladj.sum()).backward()
+    assert [p.grad.dtype for p in lazy.parameters()] == [dtype]
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_autocast_does_not_change_them(name):
+    t, x = perturb(LAZY[name]())(), torch.randn(5, 3)
+    y, ladj = t.call_and_ladj(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = (*t.call_and_ladj(x), t.inv(y))
+    for a, b in zip(results, (y, ladj, t.inv(y)), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_another_dtype_is_an_error_that_says_so(direction):
+    t = LazyLinear(3)()
+    f = t if direction == "forward" else t.inv
+    with pytest.raises(TypeError, match=r"'[xy]' should have the .*float32, got torch\.float64"):
+        f(torch.randn(3).double())
+    for shape in ((), (2,), (3, 1)):
+        with pytest.raises(ValueError, match=r"'[xy]' should have shape \(\*, 3\)"):
+            f(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_contract(name):
+    t, x = MAKE[name](), torch.randn(5, 3).double()
+    event_dim = 1 if name == "Linear" else 0
+    assert t.event_dim == t.domain.event_dim == t.codomain.event_dim == event_dim
+    real = t.domain.base_constraint if event_dim else t.domain
+    assert real is constraints.real
+    assert t.bijective
+    assert t.sign == 1
+    assert t.inv.inv is t
+    assert t.forward_shape((5, 3)) == t.inverse_shape((5, 3)) == (5, 3)
+    (parameter,) = (v for v in vars(t).values() if isinstance(v, torch.Tensor))
+    assert t == type(t)(parameter.clone())
+    assert t != type(t)(parameter + 1)
+    assert t != MAKE["Asinh" if name == "Linear" else "Linear"]()
+    assert t.inv == t.inv
+    assert pickle.loads(pickle.dumps(t)) == copy.deepcopy(t) == t
+    cached = t.with_cache()
+    y = cached(x)
+    assert cached.inv(y) is x
+    assert cached(x) is y
+
+
+def test_representations():
+    assert repr(Linear(torch.zeros(3, 3))) == "Linear(features: 3)"
+    assert repr(Asinh(torch.zeros(2, 3))) == "Asinh(batch_shape: (2, 3))"
+    assert repr(LazyLinear(3)) == "LazyLinear()"
+    assert repr(LazyAsinh(torch.Size([3]))) == "LazyAsinh()"
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_the_factor_and_the_start_of_b(factor):
+    p, x = parameters("Asinh"), torch.randn(5, 3).double()
+    t = Asinh(p, factor=factor, start=0.7)
+    for a, b in zip(t.call_and_ladj(x), Asinh(factor * p + 0.7).call_and_ladj(x), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert t != Asinh(p, factor=factor) != Asinh(p)
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_transforms_that_are_kept_follow_their_parameters(name):
+    lazy, x = perturb(LAZY[name]()), torch.randn(5, 3)
+    t = lazy()
+    (parameter,) = lazy.parameters()
+    for _ in range(2):  # each use has a graph of its own
+        t.call_and_ladj(x)[1].sum().backward()
+        t.inv(x).sum().backward()
+    before, cached = t(x), t.with_cache()
+    y = cached(x)
+    perturb(lazy)
+    assert torch.equal(t(x), lazy()(x))
+    assert not torch.equal(t(x), before)
+    assert not torch.equal(cached.inv(y), x)  # the pair is out of date
+    assert torch.equal(cached.inv(y), lazy().inv(y))
+    assert parameter.grad is not None
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_lazy_transforms(name):
+    lazy, x = perturb(LAZY[name]()), torch.randn(5, 3)
+    assert lazy() == lazy(torch.randn(5, 2))  # without regard for the context
+    assert torch.equal(lazy.inv()(x), lazy().inv(x))
+    again = pickle.loads(pickle.dumps(lazy))
+    assert again() == copy.deepcopy(lazy)() == lazy()
+    lazy()(x).sin().sum().backward()
+    assert all(p.grad is not None for p in lazy.parameters())
+    assert LAZY[name]().double()()(x.double()).dtype == torch.float64
+
+
+# As options of the flow
+
+
+def kinds(flow):
+    return [type(part) for part in flow.transform.transforms]
+
+
+@pytest.mark.parametrize("conditioner", ["autoregressive", "independent"])
+@pytest.mark.parametrize(
+    ("options", "linear", "tails"),
+    [
+        ({}, True, True),
+        ({"linear": None}, True, True),
+        ({"linear": True, "tails": False}, True, False),
+        ({"linear": False, "tails": True}, False, True),
+        ({"linear": False, "tails": False}, False, False),
+    ],
+)
+def test_what_a_flow_of_vectors_is_made_of(options, linear, tails, conditioner):
+    flow = SinusoidalFlow(3, transforms=2, conditioner=conditioner, **options)
+    first, *rest = kinds(flow) if tails else (LazyAsinh, *kinds(flow))
+    assert first is LazyAsinh
+    assert LazyAsinh not in rest
+    assert [kind is LazyLinear for kind in rest] == [True, False] * 2 * linear + (
+        [False] if linear else [False] * 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("features", "options"),
+    [
+        ((1, 2, 2), {}),
+        ((1, 2, 2), {"network": PixelCNN, "hidden_features": (4,)}),
+        ((2, 3), {}),
+        (3, {"adjacency": TREE}),
+    ],
+)
+def test_linear_maps_are_off_for_images_and_with_adjacency(features, options):
+    for linear in (None, False):
+        flow = SinusoidalFlow(features, linear=linear, **options)
+        assert LazyLinear not in kinds(flow)
+        assert kinds(flow)[0] is LazyAsinh
+    with pytest.raises(ValueError, match="'linear' should be False"):
+        SinusoidalFlow(features, linear=True, **options)
+
+
+def test_wrong_options():
+    with pytest.raises(ValueError, match=r"'linear' .* not vectors, got \(1, 2, 2\)"):
+        SinusoidalFlow((1, 2, 2), linear=True)
+    with pytest.raises(ValueError, match=r"'linear' .* 'adjacency'"):
+        SinusoidalFlow(3, linear=True, adjacency=TREE)
+    for value in (1, 0, "yes", None):
+        with pytest.raises(TypeError, match="'tails' should be True or False, got"):
+            SinusoidalFlow(3, tails=value)
+    for value in (1, 0, "yes"):
+        with pytest.raises(TypeError, match="'linear' should be True or False, got"):
+            SinusoidalFlow(3, linear=value)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'shortcut'"):
+        SinusoidalFlow(3, shortcut=1.0)
+
+
+@pytest.mark.parametrize("conditioner", ["autoregressive", "independent"])
+def test_an_adjacency_is_kept(conditioner):
+    if conditioner == "independent":  # whose blocks have none
+        with pytest.raises(TypeError, match="'adjacency'"):
+            SinusoidalFlow(3, conditioner=conditioner, adjacency=TREE)
+        return
+    flow = perturb(SinusoidalFlow(3, transforms=1, adjacency=TREE), 0.3)
+    found = sum(jacobian(flow().transform, x).abs() for x in torch.randn(20, 3)) > 0
+    assert torch.equal(found, TREE.bool())
+
+
+@pytest.mark.parametrize("features", [1, 3, (1, 2, 2)])
+@pytest.mark.parametrize("conditioner", ["autoregressive", "independent"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_conditional_flows_pass_the_context(batch, conditioner, features):
+    options = {"transforms": 2, "conditioner": conditioner, "activation": nn.Tanh}
+    flow = perturb(SinusoidalFlow(features, 2, **options).double(), 0.2)
+    shape = (features,) if isinstance(features, int) else features
+    c, x = torch.randn(*batch, 2).double(), torch.randn(*batch, *shape).double()
+    d = flow(c)
+    assert d.batch_shape == batch
+    log_prob = d.log_prob(x)
+    assert log_prob.shape == batch
+    assert not torch.allclose(flow(c + 1).log_prob(x), log_prob)
+    z, ladj = d.transform.call_and_ladj(x)
+    assert torch.allclose(d.transform.inv(z), x, atol=1e-9)
+    rows = zip(c.view(-1, 2), x.view(-1, *shape), ladj.view(-1), strict=True)
+    for row_c, row_x, row_ladj in rows:
+        t = flow(row_c).transform
+        assert torch.allclose(row_ladj, slogdet(t, row_x, len(shape)), atol=1e-9)
+    for c, message in ((None, "should be a tensor"), (torch.zeros(3).double(), "should have")):
+        with pytest.raises(ValueError, match=message):
+            flow(c).log_prob(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_flow_scores_outliers(dtype):
+    flow = perturb(SinusoidalFlow(2), 0.03).to(dtype)
+    x = torch.tensor([[0.0, 1e-6], [1e4, -1e4], [1e19, -1e19], [1e30, 0.0]], dtype=dtype)
+    x.requires_grad_()
+    log_prob = flow().log_prob(x)
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in flow.parameters())
+    expected = copy.deepcopy(flow).double()().log_prob(x.double())
+    assert torch.allclose(log_prob.double(), expected, rtol=1e-3)
+
+
+def test_all_parameters_learn():
+    flow = SinusoidalFlow(3, transforms=2)
+    flow().log_prob(torch.randn(100, 3)).mean().backward()
+    for part in flow.transform.transforms:
+        if isinstance(part, LazyAsinh | LazyLinear):
+            (parameter,) = part.parameters()
+            assert (parameter.grad != 0).all()
+
+
+def test_a_linear_map_learns_a_correlation():
+    mix = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-0.5, 0.8, 0.5]])
+    x = torch.randn(2000, 3) @ mix.T
+    lazy = LazyLinear(3)
+    optimiser = torch.optim.Adam(lazy.parameters(), lr=0.05)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for _ in range(500):
+        z, ladj = lazy().call_and_ladj(x)
+        loss = -(normal.log_prob(z).sum(dim=-1) + ladj).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    entropy = 1.5 * math.log(2 * math.pi * math.e) + mix.det().log()
+    assert abs(loss - entropy) < 0.1
