@@ -3,6 +3,7 @@ r"""Element-wise transforms: a sinusoid, a chain of sinusoids, and an affine map
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from . import _validate as check
+from ._torch import can_branch_on
 from .bijection import Bijection, at_least_float32
 from .kernels import evaluate, invert
-from .solvers import Solver
+from .solvers import InversionWarning, Solver
 
 
 class SinusoidalChain(Bijection):
@@ -158,7 +160,16 @@ class Asinh(Bijection):
 
     def _inverse(self, y: Tensor) -> Tensor:
         b = self._b()
-        return (b * y).sinh() / b
+        x = (b * y).sinh() / b
+        if can_branch_on(x) and bool((lost := x.isinf() & y.isfinite()).any()):
+            warnings.warn(
+                f"The inverse of asinh leaves the range of {x.dtype} in {int(lost.sum())} of "
+                f"{x.numel()} values: the values before it are far from those of training data. "
+                "tails=False or float64 may help.",
+                InversionWarning,
+                stacklevel=2,
+            )
+        return x
 
 
 class SinusoidalTransform(SinusoidalChain):

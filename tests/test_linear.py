@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import jacobian
 from torch.distributions import constraints
 
-from pyro_sinflow import PixelCNN, SinusoidalFlow
+from pyro_sinflow import InversionWarning, PixelCNN, SinusoidalFlow
 from pyro_sinflow.element_wise import Asinh
 from pyro_sinflow.lazy import LazyAsinh, LazyLinear
 from pyro_sinflow.linear import Linear
@@ -303,6 +303,16 @@ def test_representations():
     assert repr(Asinh(torch.zeros(2, 3))) == "Asinh(batch_shape: (2, 3))"
     assert repr(LazyLinear(3)) == "LazyLinear()"
     assert repr(LazyAsinh(torch.Size([3]))) == "LazyAsinh()"
+
+
+def test_an_inverse_that_overflows_is_announced():
+    t = Asinh(torch.full((2,), 200.0))  # b = 1
+    y = torch.tensor([[1.0, 80.0], [-100.0, 100.0], [math.nan, 1.0]])
+    with pytest.warns(InversionWarning, match=r"range of torch\.float32 in 2 of 6 values"):
+        x = t._inverse(y)
+    assert torch.equal(x[1], torch.tensor([-math.inf, math.inf]))
+    assert torch.allclose(t(x[0]), y[0])
+    assert t._inverse(y.double()[1]).isfinite().all()
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
