@@ -96,6 +96,12 @@ def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
         )
 
 
+def product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Multiplies vectors, with shape (*, D), by a matrix."""
+    # For a single vector, only 'mv' supports batched forward-mode differentiation in torch.
+    return torch.mv(matrix, x) if x.ndim == 1 else F.linear(x, matrix)
+
+
 class Shortcut(nn.Module):
     r"""Creates a masked linear map from features and context to the shifts of the features.
 
@@ -127,9 +133,7 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Returns the shifts, with shape :math:`(*, D)`."""
-        weight = self.mask * self.weight
-        # For a single vector, only 'mv' supports batched forward-mode differentiation in torch.
-        return torch.mv(weight, x) if x.ndim == 1 else F.linear(x, weight)
+        return product(self.mask * self.weight, x)
 
     def preconditioner(self) -> Tensor:
         """Returns a matrix Q such that I + Q is the inverse of I plus the linear map.
