@@ -9,7 +9,7 @@ import pyro
 import pytest
 import torch
 from compatibility import agree, directions, gradients, inputs
-from conftest import FAKE_GPU
+from conftest import FAKE_GPU, replicate
 from test_devices import NoReads
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -269,19 +269,8 @@ def check_ddp(s):
 
 
 def check_data_parallel(s):
-    """What nn.DataParallel makes on each of its devices, where parameters are plain tensors."""
-    replicas = {m: m._replicate_for_data_parallel() for m in s.modules()}
-    for module, replica in replicas.items():
-        for name, child in module._modules.items():
-            if child is not None:
-                setattr(replica, name, replicas[child])
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                replica._parameters[name] = None
-            else:
-                setattr(replica, name, parameter.clone())
     x, c = inputs(s, 5)
-    for f, g in zip(directions(replicas[s]), directions(s), strict=True):
+    for f, g in zip(directions(replicate(s)), directions(s), strict=True):
         value, expected = f(x, c), g(x, c)
         agree(value, expected)
         agree(gradients(value, s), gradients(expected, s))

@@ -51,6 +51,21 @@ def perturb(module: M, scale: float = 0.3) -> M:
     return module
 
 
+def replicate(module: M) -> M:
+    """What nn.DataParallel makes on each of its devices, where parameters are plain tensors."""
+    replicas = {m: m._replicate_for_data_parallel() for m in module.modules()}
+    for part, replica in replicas.items():
+        for name, child in part._modules.items():
+            if child is not None:
+                setattr(replica, name, replicas[child])
+        for name, parameter in part._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.clone())
+    return replicas[module]
+
+
 def residual(f: Callable, x: torch.Tensor, y: torch.Tensor) -> float:
     """The largest |f(x) - y| / (1 + |x| + |y|)."""
     with torch.no_grad():

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import zuko
-from conftest import perturb
+from conftest import perturb, replicate
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from zuko.bayesian import BayesianModel
@@ -142,20 +142,9 @@ def by_functional_call(flow, use):
 
 
 def by_replication(flow, use):
-    """What nn.DataParallel makes on each of its devices."""
-    modules = [*flow.modules()]
-    replicas = {m: m._replicate_for_data_parallel() for m in modules}
-    for module, replica in replicas.items():
-        for name, child in module._modules.items():
-            if child is not None:
-                setattr(replica, name, replicas[child])
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                replica._parameters[name] = None
-            else:
-                setattr(replica, name, parameter.clone())
-    assert not [*replicas[flow].parameters()]
-    return use(replicas[flow], [*flow.parameters()])
+    replica = replicate(flow)
+    assert not [*replica.parameters()]
+    return use(replica, [*flow.parameters()])
 
 
 def by_hooks(flow, use):
