@@ -71,7 +71,7 @@ def staircase(args: argparse.Namespace) -> Results:
 LINES: Flows = {
     # With one feature, L and U have nothing to depend on: they shift by a constant.
     "D-scales": lambda: SinusoidalFlow(
-        1, transforms=1, conditioner="independent", tails=False, sinusoids=32
+        1, transforms=1, conditioner="independent", linear=False, tails=False, sinusoids=32
     ),
     "MAF": lambda: zuko.flows.MAF(1),
 }

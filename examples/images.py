@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from torch.distributions import (
 from training import Budget, arguments, count, fit, print_table
 from zuko.lazy import Flow
 
-from pyro_sinflow import PixelCNN, SinusoidalFlow, record_inversions
+from pyro_sinflow import MaskedNetwork, PixelCNN, SinusoidalFlow, record_inversions
 
 
 class Preset(NamedTuple):
@@ -54,7 +55,13 @@ PRESETS = {
 
 
 # 16 maps and 2 residual blocks, as in the paper.
-CNN: dict[str, Any] = {"network": PixelCNN, "hidden_features": (16, 16), "residual": True}
+PAPER: dict[str, Any] = {"conditioner": "independent", "tails": False}
+CNN: dict[str, Any] = {
+    **PAPER,
+    "network": PixelCNN,
+    "hidden_features": (16, 16),
+    "residual": True,
+}
 
 
 def prepare(
@@ -121,17 +128,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = replace(preset.budget, steps=args.steps or preset.budget.steps)
     parts = preset.read(args.data_root)
     data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
-    blocks: dict[str, Any] = {
-        "conditioner": "independent",
-        "transforms": args.blocks or preset.blocks,
-    }
+    blocks: dict[str, Any] = {"transforms": args.blocks or preset.blocks}
     shape = data.train.shape[1:]
     flows: dict[str, Callable[[], Flow]] = {
         "PixelCNN": lambda: SinusoidalFlow(shape, scale=False, **CNN, **blocks),
         "PixelCNN, scale": lambda: SinusoidalFlow(
             shape, scale=True, activation=nn.Tanh, **CNN, **blocks
         ),
-        "masked MLP": lambda: SinusoidalFlow(shape, scale=False, **blocks),
+        "masked MLP": lambda: SinusoidalFlow(
+            shape, scale=False, network=partial(MaskedNetwork, shortcut=1.0), **PAPER, **blocks
+        ),
     }
 
     args.out.mkdir(parents=True, exist_ok=True)

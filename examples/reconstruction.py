@@ -82,14 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = preset.read(args.data_root)
     data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
     shape = data.train.shape[1:]
-    make = partial(
-        SinusoidalFlow,
-        shape,
-        transforms=preset.blocks,
-        conditioner="independent",
-        scale=False,
-        **CNN,
-    )
+    make = partial(SinusoidalFlow, shape, transforms=preset.blocks, scale=False, **CNN)
     torch.manual_seed(args.seed)
     checkpoint = args.out / f"{args.data}, PixelCNN, seed {args.seed}.pt"
     fitted = fit(f"{args.data}, PixelCNN", make(), data, budget, checkpoint)
