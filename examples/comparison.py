@@ -15,9 +15,9 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -27,7 +27,18 @@ from files import SOURCES, UCI, bsds300, uci
 from images import prepare
 from torch import Tensor
 from tqdm import tqdm
-from training import Budget, afford, arguments, count, evaluate, fit, print_table, seconds
+from training import (
+    Budget,
+    afford,
+    arguments,
+    count,
+    evaluate,
+    fit,
+    print_table,
+    restore,
+    seconds,
+    spread,
+)
 from zuko.lazy import Flow
 
 Fit = dict[str, Any]
@@ -52,6 +63,12 @@ PLANE: dict[str, Callable[[Path | None], Data]] = {
 DATA = TABLES | {"BSDS300": bsds300} | REAL | PLANE
 
 
+@lru_cache(1)
+def read(data: str, root: Path | None) -> Data:
+    """Reads a data set, of which a process fits one flow after another."""
+    return DATA[data](root)
+
+
 def stem_of(data: str, flow: str, rate: float, seed: int, args: argparse.Namespace) -> Path:
     """Returns where the results of a fit are, without the suffix."""
     spent = f"{args.steps} steps" if args.seconds is None else f"{args.seconds:g} s"
@@ -67,12 +84,11 @@ def run(data: str, flow: str, rate: float, seed: int, args: argparse.Namespace) 
     if path.exists():
         return json.loads(path.read_text())
     torch.set_num_threads(1)
-    make, rows = FLOWS[flow], DATA[data](args.data_root)
-    if checkpoint.exists():  # which keeps the number of steps that it was begun with
-        budget = Budget(**torch.load(checkpoint, weights_only=True)["budget"])
-    else:
-        steps = args.steps if args.seconds is None else afford(args.seconds, make, rows)
-        budget = Budget(steps, lr=rate, patience=steps / 3)
+    make, rows = FLOWS[flow], read(data, args.data_root)
+    steps = args.steps
+    if args.seconds is not None:
+        steps = afford(args.seconds, make, rows, checkpoint)
+    budget = Budget(steps, lr=rate, patience=steps / 3)
     torch.manual_seed(seed)
     fitted = fit(stem.name, make(rows.train.shape[1]), rows, budget, checkpoint)
     score, error = evaluate(fitted, rows.test)
@@ -137,34 +153,29 @@ def measure(flow: Flow, data: Data, batch: int = 128) -> Fit:
 
 def costs(data: str, results: Results, args: argparse.Namespace) -> dict[str, Fit]:
     """Measures what steps and samples of the fitted flows of a data set cost, side by side."""
-    rows = DATA[data](args.data_root)
+    rows = read(data, args.data_root)
     found: dict[str, Fit] = {}
     for name in args.flows:
-        flow = FLOWS[name](rows.train.shape[1])
-        checkpoint = stem_of(data, name, results[data, name][0]["rate"], 0, args)
-        saved = torch.load(checkpoint.with_suffix(".pt"), weights_only=True)
-        flow.load_state_dict(saved["progress"][-1])
+        stem = stem_of(data, name, results[data, name][0]["rate"], 0, args)
+        flow = restore(FLOWS[name](rows.train.shape[1]), stem.with_suffix(".pt"))
         found[name] = measure(flow, rows)
     return found
 
 
-def spread(fits: list[Fit]) -> tuple[float, float]:
-    """Returns the mean over seeds and its standard error; that of the test rows, of one seed."""
-    scores = [f["NLL"] for f in fits]
-    if len(scores) == 1:
-        return scores[0], fits[0]["error"]
-    return mean(scores), stdev(scores) / len(scores) ** 0.5
-
-
 def show(results: Results, args: argparse.Namespace) -> None:
     """Prints the scores, bold where they are first or within a standard error of the first."""
+
+    def score_of(data: str, flow: str) -> tuple[float, float]:
+        fits = results[data, flow]
+        return spread([f["NLL"] for f in fits], fits[0]["error"])
+
     leads = dict.fromkeys(args.flows, 0)
     scores, steps, rates = [], [], []
     for data in args.data:
-        best, error = min(spread(results[data, flow]) for flow in args.flows)
+        best, error = min(score_of(data, flow) for flow in args.flows)
         row = [data]
         for flow in args.flows:
-            score, own = spread(results[data, flow])
+            score, own = score_of(data, flow)
             level = score <= best + (error**2 + own**2) ** 0.5
             leads[flow] += level
             row.append(f"**{score:.2f} ± {own:.2f}**" if level else f"{score:.2f} ± {own:.2f}")

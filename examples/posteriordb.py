@@ -42,7 +42,7 @@ from pyro.ops.stats import effective_sample_size
 from pyro.optim import ClippedAdam
 from torch import Tensor
 from tqdm import tqdm
-from training import arguments, print_table, walk
+from training import arguments, print_table, spread, walk
 
 from pyro_sinflow import AutoLDU
 
@@ -249,10 +249,9 @@ def cells(fits: list[Fit]) -> list[str]:
     """Returns what the tables say of the fits of one guide to one posterior."""
     if failed := [f for f in fits if "failed" in f]:
         return [f"{len(failed)} of {len(fits)} failed"] + 4 * ["-"]
-    elbos = [f["elbo"] for f in fits]
-    spread = np.std(elbos, ddof=1) / len(elbos) ** 0.5 if len(elbos) > 1 else fits[0]["error"]
+    elbo, error = spread([f["elbo"] for f in fits], fits[0]["error"])
     return [
-        f"{np.mean(elbos):.2f} ± {spread:.2f}",
+        f"{elbo:.2f} ± {error:.2f}",
         f"{mean_of(fits, 'means', 0):.2f} ({mean_of(fits, 'means', 1):.2f})",
         f"{mean_of(fits, 'log stds', 0):.2f} ({mean_of(fits, 'log stds', 1):.2f})",
         f"{mean_of(fits, 'k'):.2f}",

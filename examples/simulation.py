@@ -33,7 +33,7 @@ import torch
 from estimators import CLIENTS, FLOWS, Budget, Posterior, Units
 from simulators import OBSERVATIONS, SOURCE, TASKS, Pairs, c2st
 from tqdm import tqdm
-from training import arguments, print_table
+from training import arguments, print_table, spread
 
 Result = dict[str, Any]
 
@@ -153,13 +153,6 @@ def run_cells(cells: Sequence[Cell], args: argparse.Namespace) -> dict[Cell, Res
     return {cell: json.loads(file_of(cell, args).read_text()) for cell in cells}
 
 
-def spread(values: Sequence[float], error: float) -> str:
-    """Returns the mean over seeds and its standard error; of one seed, the given error."""
-    if len(values) > 1:
-        error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return f"± {error:.3f}"
-
-
 def report(results: dict[Cell, Result], args: argparse.Namespace) -> None:
     """Prints the table."""
     rows: dict[str, list[Result]] = {}
@@ -171,13 +164,13 @@ def report(results: dict[Cell, Result], args: argparse.Namespace) -> None:
         scores = [r["score"] for r in seeds]
         calibration = max(r["calibration"] for r in seeds)
         row = [
-            *(name, f"{np.mean(scores):.3f} {spread(scores, seeds[0]['error'])}"),
+            *(name, "{:.3f} ± {:.3f}".format(*spread(scores, seeds[0]["error"]))),
             *(f"{calibration:.3f}", f"{np.mean([r['seconds'] for r in seeds]):.0f}"),
         ]
         if args.data_root is not None:
             means = [float(np.mean(r["c2st"])) for r in seeds]
             of_one = float(np.std(seeds[0]["c2st"])) / len(seeds[0]["c2st"]) ** 0.5
-            row.insert(2, f"{np.mean(means):.3f} {spread(means, of_one)}")
+            row.insert(2, "{:.3f} ± {:.3f}".format(*spread(means, of_one)))
         table.append(row)
     if args.data_root is not None:
         header.insert(2, "C2ST")

@@ -169,10 +169,8 @@ def run(name: str, make: Callable[..., Flow], data: Data, preset: Preset, args: 
     budget = preset.budget
     budget = replace(budget, batch=args.batch or budget.batch, lr=args.lr or budget.lr)
     checkpoint = args.out / f"{name}, seed {args.seed}.pt"
-    if checkpoint.exists():  # which keeps the number of steps that it was begun with
-        budget = Budget(**torch.load(checkpoint, weights_only=True)["budget"])
-    elif args.seconds is not None:
-        budget = replace(budget, steps=afford(args.seconds, flow, data, budget))
+    if args.seconds is not None:
+        budget = replace(budget, steps=afford(args.seconds, flow, data, checkpoint, budget))
     elif args.steps is not None:
         budget = replace(budget, steps=args.steps)
     torch.manual_seed(args.seed)

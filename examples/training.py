@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -125,15 +126,31 @@ def fit(
 
 
 def afford(
-    seconds: float, make: Callable[[int], Flow], data: Data, budget: Budget = Budget(30)
+    seconds: float,
+    make: Callable[[int], Flow],
+    data: Data,
+    checkpoint: Path,
+    budget: Budget = Budget(30),
 ) -> int:
-    """Returns how many steps some seconds of the processor afford, given what 30 steps take."""
+    """Returns how many steps some seconds of the processor afford, given what 30 steps take.
+
+    A checkpoint keeps the number of steps that it was begun with.
+    """
+    if checkpoint.exists():
+        return torch.load(checkpoint, weights_only=True)["budget"]["steps"]
     flow, trial = make(data.train.shape[1]), replace(budget, steps=30, every=30)
     # Processor time, and the shortest of several, so that other jobs do not slow one flow more.
     times = timeit.repeat(
         lambda: fit("pace", flow, data, trial), timer=time.process_time, number=1, repeat=4
     )
     return max(int(trial.steps * seconds / min(times)), 1)
+
+
+def restore(flow: Flow, checkpoint: Path) -> Flow:
+    """Gives a flow the weights that validated best in the fit of a checkpoint."""
+    *_, weights = torch.load(checkpoint, weights_only=True)["progress"]
+    flow.load_state_dict(weights)
+    return flow
 
 
 def likelihood_step(
@@ -209,6 +226,13 @@ def evaluate(flow: Flow, rows: Tensor) -> tuple[float, float]:
         except ValueError:  # by torch.distributions, of images that are not finite
             return -math.inf, math.nan
     return float(scores.mean()), float(scores.std()) / len(scores) ** 0.5
+
+
+def spread(values: Sequence[float], error: float) -> tuple[float, float]:
+    """Returns the mean over seeds and its standard error; of one seed, the given error."""
+    if len(values) > 1:
+        error = stdev(values) / len(values) ** 0.5
+    return mean(values), error
 
 
 def count(flow: Flow) -> int:

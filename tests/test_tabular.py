@@ -151,6 +151,13 @@ def test_script_on_data_that_is_there(tmp_path, budget):
         assert budget[0] != "--steps" or table[name][2] == "1"
 
 
+def test_a_checkpoint_of_another_budget_is_not_taken_for_this_one(tmp_path):
+    options = ("--out", tmp_path, "--data", "breast cancer", "--flows", "MAF", "--hidden", "8")
+    run("tabular.py", *options, "--steps", "1")
+    with pytest.raises(AssertionError, match=r"should be of .*'steps': 2"):
+        run("tabular.py", *options, "--steps", "2")
+
+
 def test_rebuilt_patches_are_scored_in_their_own_units(tabular, tmp_path):
     rng = np.random.default_rng(0)
     parts = {"train": 5000, "validation": 10, "test": 20}
