@@ -140,10 +140,6 @@ DEFAULTS: dict[str, Callable[..., Flow]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "no linear maps": {"linear": False},
     "no asinh": {"tails": False},
-    "shortcuts in place of linear maps": {
-        "linear": False,
-        "network": partial(MaskedNetwork, shortcut=1.0),
-    },
     "random order": {"randperm": True},
     "ELU": {"activation": nn.ELU},
     "GELU": {"activation": nn.GELU},

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from torch.distributions import (
 from training import Budget, arguments, count, fit, print_table
 from zuko.lazy import Flow
 
-from pyro_sinflow import MaskedNetwork, PixelCNN, SinusoidalFlow, record_inversions
+from pyro_sinflow import PixelCNN, SinusoidalFlow, record_inversions
 
 
 class Preset(NamedTuple):
@@ -135,9 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "PixelCNN, scale": lambda: SinusoidalFlow(
             shape, scale=True, activation=nn.Tanh, **CNN, **blocks
         ),
-        "masked MLP": lambda: SinusoidalFlow(
-            shape, scale=False, network=partial(MaskedNetwork, shortcut=1.0), **PAPER, **blocks
-        ),
+        "masked MLP": lambda: SinusoidalFlow(shape, scale=False, **PAPER, **blocks),
     }
 
     args.out.mkdir(parents=True, exist_ok=True)

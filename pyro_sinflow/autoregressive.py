@@ -1,4 +1,4 @@
-r"""Autoregressive maps: evaluation, sequential inverse and preconditioner in one object."""
+r"""Autoregressive maps: evaluation and sequential inverse in one object."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from zuko.utils import unpack
 from . import _validate as check
 from ._torch import autocasting, can_fuse
 from .bijection import Bijection, inverse
-from .networks import MaskedNetwork
 from .sequential import StagedEvaluation, Stages, WholeEvaluation, stages_of
 
 # Minimum rows, per stage and in all, for which forward substitution is faster than full passes.
@@ -25,8 +24,7 @@ _LEAST, _ENOUGH = 3, 384
 class AutoregressiveMap:
     r"""A map :math:`y_i = \tau(x_i; h_i(x_{<i}))`, for any order of the features.
 
-    This class evaluates a conditioner. A subclass can add a faster inverse (:meth:`frozen`) or a
-    preconditioner (:meth:`preconditioner`).
+    This class evaluates a conditioner. A subclass can add a faster inverse (:meth:`frozen`).
 
     Args:
         conditioner: A function that takes x, with shape :math:`(*, \text{features})`, and returns
@@ -101,15 +99,6 @@ class AutoregressiveMap:
         """
         return None
 
-    def preconditioner(self) -> Tensor | None:
-        """Returns a matrix Q, with shape (D, D), strictly triangular in the order of the features.
-
-        The change of x in each pass of the inverse is multiplied by :math:`I + Q`. The closer
-        :math:`I + Q` is to the inverse of the Jacobian, the fewer passes are needed. :py:`None`
-        means no preconditioner.
-        """
-        return None
-
 
 class NetworkMap(AutoregressiveMap):
     r"""A map whose parameters come from a masked network, which can be evaluated in stages.
@@ -157,13 +146,6 @@ class NetworkMap(AutoregressiveMap):
     def __repr__(self) -> str:
         context = "" if self.c is None else f", context: {tuple(self.c.shape)}"
         return f"univariate: {name_of(self.univariate)}, features: {tuple(self.features)}{context}"
-
-    def preconditioner(self) -> Tensor | None:
-        """Returns the preconditioner of the shortcut. Entries that are not finite become zero."""
-        network = self.network
-        if not isinstance(network, MaskedNetwork) or network.shortcut is None:
-            return None
-        return network.shortcut.preconditioner().detach().nan_to_num(0.0, 0.0, 0.0)
 
     def frozen(self, y: Tensor) -> FrozenInverse | None:
         """Returns the inverse at y with the current weights, if the network has stages."""

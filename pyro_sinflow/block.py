@@ -65,7 +65,6 @@ class ConditionalLDU(Lazy):
         order: Sequence[int] | Tensor | None = None,
         min_slope: float = 1e-3,
         network: Callable[..., nn.Module] = MaskedNetwork,
-        shortcut: float | None = None,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] | None = None,
         residual: bool = False,
@@ -89,8 +88,6 @@ class ConditionalLDU(Lazy):
             "residual": residual,
             "dropout": dropout,
         }
-        if shortcut is not None:
-            options["shortcut"] = shortcut
 
         def triangular(rank: Tensor) -> LazyTriangular:
             masked = network(shape, context, outputs=1 + scale, order=rank, **options)

@@ -58,7 +58,7 @@ class AutoLDU(AutoContinuous):
         init_scale: The initial scale of each unconstrained latent variable.
         blocks: The number of LDU blocks.
         sinusoids, ..., activation: The options of :class:`pyro_sinflow.LDU`, with other defaults
-            for ``max_scale`` and ``shortcut``.
+            for ``max_scale``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -87,7 +87,6 @@ class AutoLDU(AutoContinuous):
         components: int = 4,
         max_scale: float = 100.0,
         min_slope: float = 1e-3,
-        shortcut: float | None = 1.0,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] | None = None,
     ) -> None:
@@ -100,7 +99,6 @@ class AutoLDU(AutoContinuous):
             "components": components,
             "max_scale": max_scale,
             "min_slope": min_slope,
-            "shortcut": shortcut,
             "hidden_features": hidden_features,
             "activation": activation,
         }

@@ -94,7 +94,6 @@ def _root(
         solver,
         "triangular",
         function.passes,
-        None if banach else function.preconditioner(),
         frozen is not None,
     )
 
@@ -162,9 +161,6 @@ class _Jacobian:
             for _ in range(self._features(b) - 1):
                 v = (b - self._product(v, transposed)) / diagonal
             return v
-        matrix = self.function.preconditioner()
-        if matrix is not None and transposed:
-            matrix = matrix.mT
         # Tolerances are relative to 1, but gradients may be small. Each event is therefore scaled
         # by the largest element of its first guess. Where that is zero or not finite, so is v.
         unit = start.abs().flatten(b.ndim - event_dim).amax(dim=-1)[(...,) + event_dim * (None,)]
@@ -177,7 +173,6 @@ class _Jacobian:
             Solver(),
             "adjoint",
             max(self._features(b) - 1, 1),  # the start counts as a pass
-            matrix,
             self.trusted,
         )
         return unit * v

@@ -3,13 +3,13 @@ r"""A linear transform, as the product of two triangular matrices."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Size, Tensor
 
 from . import _validate as check
 from ._torch import without_autocast
 from .bijection import Bijection, at_least_float32
 from .element_wise import bounded
-from .networks import product
 
 
 class Linear(Bijection):
@@ -62,8 +62,8 @@ class Linear(Bijection):
         self._check_dtype("x", x)
         lower, upper, log_diagonal = self._factors()
         with without_autocast(x):  # as the inverse, which would not return to x otherwise
-            y = product(upper, x)
-            return y + product(lower, y), log_diagonal.sum().expand(x.shape[:-1])
+            y = _product(upper, x)
+            return y + _product(lower, y), log_diagonal.sum().expand(x.shape[:-1])
 
     def _inverse(self, y: Tensor) -> Tensor:
         self._check_dtype("y", y)
@@ -74,3 +74,9 @@ class Linear(Bijection):
         )
         rows = torch.linalg.solve_triangular(upper.mT, rows, upper=False, left=False)
         return rows.reshape(y.shape)
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Multiplies vectors, with shape (*, D), by a matrix."""
+    # For a single vector, only 'mv' supports batched forward-mode differentiation in torch.
+    return torch.mv(matrix, x) if x.ndim == 1 else F.linear(x, matrix)

@@ -98,9 +98,6 @@ class LDU(LDUTransform, TransformModule):
         min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
         network: The constructor of the networks of L and U, with the arguments of
             :class:`pyro_sinflow.MaskedNetwork`. Use :class:`pyro_sinflow.PixelCNN` for images.
-        shortcut: The learning-rate factor, at least 0, of a linear map from features to shifts that
-            is added to each network. If :py:`None`, there is no such map. Use 1 for densities that
-            are fitted to data.
         hidden_features: The numbers of hidden features of each network.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
         residual: Whether the masked networks use residual blocks.
@@ -133,7 +130,6 @@ class LDU(LDUTransform, TransformModule):
         order: Sequence[int] | Tensor | None = None,
         min_slope: float = 1e-3,
         network: Callable[..., nn.Module] = MaskedNetwork,
-        shortcut: float | None = None,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] | None = None,
         residual: bool = False,
@@ -152,7 +148,6 @@ class LDU(LDUTransform, TransformModule):
             order=order,
             min_slope=min_slope,
             network=network,
-            shortcut=shortcut,
             hidden_features=hidden_features,
             activation=activation,
             residual=residual,

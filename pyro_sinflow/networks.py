@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Size, Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
@@ -96,67 +95,10 @@ def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
         )
 
 
-def product(matrix: Tensor, x: Tensor) -> Tensor:
-    """Multiplies vectors, with shape (*, D), by a matrix."""
-    # For a single vector, only 'mv' supports batched forward-mode differentiation in torch.
-    return torch.mv(matrix, x) if x.ndim == 1 else F.linear(x, matrix)
-
-
-class Shortcut(nn.Module):
-    r"""Creates a masked linear map from features and context to the shifts of the features.
-
-    A network with ReLU activations needs many steps to learn a linear map. With a shortcut, a flow
-    learns linear correlations of its features in a few steps, and the network learns the rest. The
-    shortcut also follows noise in gradients, for example of an ELBO with few particles.
-
-    Args:
-        adjacency: Which inputs each feature may depend on, with shape :math:`(D, D + C)`.
-        rate: The learning-rate factor, for optimisers that move each parameter by about the
-            learning rate, such as Adam.
-        order: The features sorted such that each comes after those that it depends on. If
-            :py:`None`, they are sorted by how many it depends on.
-    """
-
-    mask: Tensor
-    order: Tensor | None
-
-    def __init__(self, adjacency: Tensor, rate: float, order: Tensor | None = None) -> None:
-        super().__init__()
-
-        self.weight = nn.Parameter(torch.zeros(adjacency.shape))
-        self.register_buffer("mask", rate * adjacency.to(self.weight.dtype))
-        self.register_buffer("order", order)
-
-    def extra_repr(self) -> str:
-        """Shows the learning-rate factor."""
-        return f"rate: {float(self.mask.max()):g}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Returns the shifts, with shape :math:`(*, D)`."""
-        return product(self.mask * self.weight, x)
-
-    def preconditioner(self) -> Tensor:
-        """Returns a matrix Q such that I + Q is the inverse of I plus the linear map.
-
-        Q is strictly triangular in the order of the features.
-        """
-        n = len(self.weight)
-        mask, weight = self.mask[:, :n], self.weight[:, :n]
-        order = self.order
-        if order is None:
-            order = mask.sum(dim=1).argsort()
-        w = (mask * weight)[order][:, order].to(torch.promote_types(weight.dtype, torch.float32))
-        q = torch.linalg.solve_triangular(w, -w, upper=False, unitriangular=True)
-        back = order.argsort()
-        return q[back][:, back]
-
-
 class MaskedNetwork(nn.Module):
     r"""Creates a network :math:`h_i(x_{<i}, c)`.
 
-    It is a :class:`zuko.nn.MaskedMLP` for events of any shape and a context. Optionally, a
-    :class:`~pyro_sinflow.networks.Shortcut` is added to the first output of each feature, its
-    shift.
+    It is a :class:`zuko.nn.MaskedMLP` for events of any shape and a context.
 
     Args:
         features: The shape of an event.
@@ -174,8 +116,6 @@ class MaskedNetwork(nn.Module):
             It must be element-wise.
         residual: Whether to use residual blocks or not.
         dropout: The probability, in :math:`[0, 1)`, that a hidden unit is dropped in training.
-        shortcut: The learning-rate factor of the :class:`~pyro_sinflow.networks.Shortcut`. 0 for no
-            shortcut.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -206,7 +146,6 @@ class MaskedNetwork(nn.Module):
         activation: Callable[[], nn.Module] | None = None,
         residual: bool = False,
         dropout: float = 0.0,
-        shortcut: float = 0.0,
         *,
         adjacency: Sequence[Sequence[int]] | Tensor | None = None,
     ) -> None:
@@ -218,20 +157,17 @@ class MaskedNetwork(nn.Module):
         sizes = check.shape("hidden_features", hidden_features)
         hidden = [check.size("hidden_features", h) for h in sizes]
         check.flag("residual", residual)
-        check.real("shortcut", shortcut, 0.0, math.inf, closed=True)
         activate = check_activation(activation, dropout)
         if adjacency is not None and order is not None:
             raise ValueError("'order' should be None where there is an 'adjacency', got both.")
-        sorted_features: Tensor | None = None
         if adjacency is None:
             rank = check_order(order, self.features)
             whole = torch.ones(len(rank), self.context, dtype=torch.bool)
             seen, self.passes = torch.cat((rank[:, None] > rank, whole), dim=1), len(rank)
         else:
             seen, rank = check_adjacency(adjacency, self.features, self.context)
-            self.passes, sorted_features = 1 + int(rank.max()), rank.argsort().to(seen.device)
+            self.passes = 1 + int(rank.max())
         self.mlp: MaskedMLP | None = None
-        self.shortcut: Shortcut | None = None
         if not seen.any():  # nothing to depend on
             self.constant = nn.Parameter(torch.zeros(len(seen) * self.outputs))
             return
@@ -249,8 +185,6 @@ class MaskedNetwork(nn.Module):
             elif not isinstance(part, MaskedMLP | Residual):
                 check_element_wise(part, [width])
         self.mlp = mlp
-        if shortcut and hidden:
-            self.shortcut = Shortcut(seen, shortcut, sorted_features)
 
     @property
     def bias(self) -> Tensor:
@@ -295,14 +229,6 @@ class MaskedNetwork(nn.Module):
         if flat.dtype != dtype:
             flat = flat.to(dtype)
         h = mlp(flat).unflatten(-1, (-1, self.outputs))
-        if self.shortcut is not None:
-            shift = self.shortcut(flat).unsqueeze(-1)
-            if self.outputs == 1:
-                h = h + shift
-            else:
-                # The gradient of a split is one operation; slices would need several.
-                first, others = h.split((1, self.outputs - 1), dim=-1)
-                h = torch.cat((first + shift, others), dim=-1)
         if n > 1:
             h = h.unflatten(-2, self.features)
         return h if h.dtype == x.dtype else h.to(x.dtype)

@@ -14,7 +14,6 @@ from math import isfinite, prod
 import torch
 from torch import Tensor
 
-from ._torch import without_autocast
 from .solvers import InversionError, InversionWarning, Solver, missed, record
 
 _FEW = 5  # passes
@@ -64,34 +63,6 @@ def cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor | None]:
     return x.nan_to_num(nan=bound).clamp(-bound, bound), mask
 
 
-class _Preconditioner:
-    """Predicts how a change of features changes the features after them, and adds that.
-
-    An event is preconditioned only as long as its change is smaller than in both of the last two
-    passes. Neither a poor preconditioner nor amplified round-off can then prevent convergence.
-    """
-
-    def __init__(self, matrix: Tensor, event_dim: int, like: Tensor) -> None:
-        self.matrix = matrix.to(like.dtype).mT
-        self.event_dim = event_dim
-        self.bound = largest(like.dtype)
-        self.recent = 2 * (like.new_full((), torch.inf),)  # the largest changes of two passes
-
-    def __call__(self, x: Tensor, new: Tensor) -> Tensor:
-        """Returns the preconditioned result of a pass from x to ``new``."""
-        event = tuple(range(-self.event_dim, 0))
-        change = new - x
-        worst = (change.abs() / (1 + new.abs())).amax(dim=event, keepdim=True)  # may be NaN
-        less = worst < torch.maximum(*self.recent)
-        # Zeros switch the preconditioner off for the rest of the iteration.
-        self.recent = torch.where(less, worst, 0), torch.where(less, self.recent[0], 0)
-        rows = change.nan_to_num(nan=0.0).clamp(-self.bound, self.bound)
-        rows = rows.flatten(x.ndim - self.event_dim)
-        with without_autocast(rows):
-            ahead = (rows @ self.matrix).view_as(new)
-        return torch.where(less, new + ahead, new)
-
-
 def nilpotent_iteration(
     step: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -99,13 +70,9 @@ def nilpotent_iteration(
     solver: Solver,
     problem: str,
     passes: int | None = None,
-    preconditioner: Tensor | None = None,
     trusted: bool = False,
 ) -> Tensor:
     """Iterates a nilpotent step until it converges, at most as often as there are features.
-
-    With a preconditioner, the limit is twice as high, in case that the preconditioner does not help
-    and the plain step is needed.
 
     Args:
         step: The step.
@@ -114,7 +81,6 @@ def nilpotent_iteration(
         solver: Method, tolerance and number of iterations.
         problem: What the fixed point is, for records and messages.
         passes: An upper bound on the number of passes. If :py:`None`, the number of features.
-        preconditioner: The matrix of :meth:`AutoregressiveMap.preconditioner`.
         trusted: Whether the step is known to be nilpotent.
 
     Raises:
@@ -126,7 +92,7 @@ def nilpotent_iteration(
     """
     features = prod(x.shape[x.ndim - event_dim :])
     bound = min(features, passes or features)
-    if trusted and bound <= _FEW and preconditioner is None and solver.max_iter is None:
+    if trusted and bound <= _FEW and solver.max_iter is None:
         # Few passes take less time than a test of whether fewer are enough.
         new = x
         with torch.no_grad():
@@ -135,15 +101,13 @@ def nilpotent_iteration(
         if new.numel() and float(new.abs().max()) < largest(x.dtype):  # False for NaN
             record(problem, bound, new.numel())
             return new
-    exact = bound if preconditioner is None else 2 * bound
-    limit = min(solver.max_iter or (100 if solver.method == "banach" else exact), exact)
+    limit = min(solver.max_iter or (100 if solver.method == "banach" else bound), bound)
     aim, tolerance = solver.tolerances(torch.finfo(x.dtype).eps)
-    ahead = None if preconditioner is None else _Preconditioner(preconditioner, event_dim, x)
-    x, new, iterations, error = _iterate(step, x, limit, aim, ahead, bound)
+    x, new, iterations, error = _iterate(step, x, limit, aim)
     record(problem, iterations, x.numel())
     if error <= aim:
         return x
-    is_exact = limit >= exact
+    is_exact = limit >= bound
     if features == 1 or (trusted and is_exact):
         return cut_off(new, event_dim)[0]
     # One more pass shows whether x is exact, as it should be.
@@ -167,13 +131,11 @@ def _iterate(
     x: Tensor,
     limit: int,
     aim: float,
-    ahead: _Preconditioner | None,
-    bound: int,
 ) -> tuple[Tensor, Tensor, int, float]:
     """Runs passes until no feature changes by more than ``aim``.
 
-    The first ``bound`` passes are preconditioned. The first pass runs in the current grad mode, so
-    that parametrizations and autocast cache weights with a graph. The others run without gradients.
+    The first pass runs in the current grad mode, so that parametrizations and autocast cache
+    weights with a graph. The others run without gradients.
 
     Returns:
         The last x, clamped to the range of the dtype; the last x as computed; the number of passes;
@@ -183,8 +145,6 @@ def _iterate(
     for iteration in range(1, limit + 1):
         with torch.set_grad_enabled(graph and iteration == 1):
             new = step(x).detach()
-        if ahead is not None and iteration <= bound:
-            new = ahead(x, new)
         error = torch.inf if new.numel() else 0.0
         if iteration > 1 and new.numel():  # the first pass is almost never the last
             error = float(((new - x).abs() / (1 + new.abs())).max())

@@ -12,15 +12,14 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from ._torch import ELEMENT_WISE, is_dropout, plain_modules, versions
-from .networks import MaskedNetwork, Shortcut
+from .networks import MaskedNetwork
 
 _SIZE = 16  # features in a block; a block has more if a single stage has more
-_KINDS = (MaskedNetwork, MaskedLinear, MaskedMLP, Residual, Shortcut, nn.Sequential)
+_KINDS = (MaskedNetwork, MaskedLinear, MaskedMLP, Residual, nn.Sequential)
 _FORWARD = [(kind, kind.forward) for kind in _KINDS]
 
 
@@ -89,18 +88,14 @@ class Stages:
     def __init__(self, network: nn.Module, features: int, size: int = _SIZE) -> None:
         self.modules = plain_modules(network)
         self.features = features
-        self.shortcut: Shortcut | None = None
-        mlp: nn.Module | None = network
-        if type(network) is MaskedNetwork:
-            mlp, self.shortcut = network.mlp, network.shortcut
+        mlp = network.mlp if type(network) is MaskedNetwork else network
         if mlp is None or self.modules is None:
             raise NotImplementedError("The network has no layers, or hooks that may change them.")
         self.operations = operations(mlp)
         if not isinstance(self.operations[-1], MaskedLinear):
             raise NotImplementedError("The last operation should be a masked layer.")
         self.linears = [o for o in self.operations if isinstance(o, MaskedLinear)]
-        self.masked = [*self.linears, *([] if self.shortcut is None else [self.shortcut])]
-        self.masks = [layer.mask for layer in self.masked]
+        self.masks = [layer.mask for layer in self.linears]
         self.versions = versions(*self.masks)
         # A product with a boolean mask is several times slower.
         self.factors = [layer.mask.to(layer.weight.dtype) for layer in self.linears]
@@ -129,8 +124,7 @@ class Stages:
                     skips.append(seen)
                 else:
                     seen = (seen + skips.pop()).sign()
-        needs = seen.unflatten(0, (n, -1)).any(dim=1)
-        return needs if self.shortcut is None else needs | self.shortcut.mask[:, :n].bool()
+        return seen.unflatten(0, (n, -1)).any(dim=1)
 
     def _order(self, needs: Tensor) -> tuple[list[Tensor], Tensor]:
         """Returns the features of each stage, and the stage of each feature."""
@@ -154,9 +148,6 @@ class Stages:
         skipped: list[Tensor] = []
         for operation, following in zip(self.operations, [*self.operations[1:], None], strict=True):
             if isinstance(operation, MaskedLinear):
-                if following is None and self.shortcut is not None:
-                    # The inputs of the shortcut become further inputs of the last layer.
-                    units = _Units.sort(torch.cat((stage, level)), count)
                 mask = operation.mask[:, : len(stage)].bool()  # without the context
                 stage = torch.where(mask, stage, 0).amax(dim=1)
                 if following is None:
@@ -177,7 +168,7 @@ class Stages:
         for kind, forward in _FORWARD:
             if kind.forward is not forward:
                 return False
-        for layer, mask in zip(self.masked, self.masks, strict=True):
+        for layer, mask in zip(self.linears, self.masks, strict=True):
             if layer.mask is not mask:
                 return False
         return versions(*self.masks) == self.versions
@@ -203,8 +194,7 @@ def stages_of(network: nn.Module, features: int) -> Stages | None:
 def frozen_weights(stages: Stages, c: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """Returns weights, with shape (O, I), and biases, (O, N) or (O, 1), of a network's layers.
 
-    They have the current values and no graph, and the context is added to the biases. If there is a
-    shortcut, the features are further inputs of the last layer.
+    They have the current values and no graph, and the context is added to the biases.
 
     Args:
         stages: The stages of the network.
@@ -215,26 +205,11 @@ def frozen_weights(stages: Stages, c: Tensor | None) -> list[tuple[Tensor, Tenso
         weight = factor.to(layer.weight.dtype) * layer.weight.detach()
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
         bias = bias.unsqueeze(1)
-        if layer is stages.linears[0]:
-            weight, bias = _fix_context(weight, bias, n, c)
-        if layer is stages.linears[-1] and stages.shortcut is not None:
-            direct = (stages.shortcut.mask * stages.shortcut.weight).detach()
-            direct, shift = _fix_context(direct, weight.new_zeros(n, 1), n, c)
-            others = len(weight) // n - 1  # the outputs of a feature other than its shift
-            direct = F.pad(direct.unsqueeze(1), (0, 0, 0, others)).flatten(0, 1)
-            shift = F.pad(shift.unsqueeze(1), (0, 0, 0, others)).flatten(0, 1)
-            weight, bias = torch.cat((weight, direct), dim=1), bias + shift
+        if layer is stages.linears[0] and c is not None:
+            bias = torch.addmm(bias, weight[:, n:], c.t())
+            weight = weight[:, :n]
         layers.append((weight, bias))
     return layers
-
-
-def _fix_context(
-    weight: Tensor, bias: Tensor, features: int, c: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Returns a layer as a function of the features, for a given context."""
-    if c is None:
-        return weight, bias
-    return weight[:, :features], torch.addmm(bias, weight[:, features:], c.t())
 
 
 class WholeEvaluation:
@@ -248,16 +223,13 @@ class WholeEvaluation:
     def __init__(self, stages: Stages, c: Tensor | None) -> None:
         self.operations = stages.operations
         self.layers = [(w.t(), b.t()) for w, b in frozen_weights(stages, c)]
-        self.shortcut = stages.shortcut is not None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs, with shape (N, outputs), at x, with shape (N, D)."""
         layers = iter(self.layers)
-        features, skipped, last = x, [], self.operations[-1]
+        skipped = []
         for operation in self.operations:
             if isinstance(operation, MaskedLinear):
-                if operation is last and self.shortcut:
-                    x = torch.cat((x, features), dim=1)
                 weight, bias = next(layers)
                 x = torch.addmm(bias, x, weight)
             elif isinstance(operation, _Skip):
@@ -285,7 +257,6 @@ class StagedEvaluation:
 
     def __init__(self, stages: Stages, c: Tensor | None, rows: int) -> None:
         self.hidden = stages.operations[:-1]
-        self.shortcut = stages.shortcut is not None
         weights = frozen_weights(stages, c)
         self.layers = []
         for (weight, bias), (inputs, outputs) in zip(weights, stages.units, strict=True):
@@ -322,7 +293,7 @@ class StagedEvaluation:
         """
         stage = self.stage
         parts = iter(self.parts)
-        features, skipped = x, []
+        skipped = []
         for operation in self.hidden:
             if isinstance(operation, MaskedLinear):
                 base, weight, known, slots = next(parts)
@@ -336,10 +307,7 @@ class StagedEvaluation:
             else:
                 x = operation(x)
         *_, slots = next(parts)
-        if self.shortcut:
-            torch.cat((x, features), out=slots[stage])
-        else:
-            slots[stage].copy_(x)
+        slots[stage].copy_(x)
         self.stage += 1
         if self.stage == self.size:
             self._begin(next(self.blocks))

@@ -19,7 +19,6 @@ from pyro_sinflow import (
     fast_inverse,
     record_inversions,
 )
-from pyro_sinflow.networks import Shortcut
 
 GRAPHS = {
     "none": torch.eye(5, dtype=torch.bool),
@@ -56,13 +55,10 @@ def reached(adjacency, steps):
 
 
 @pytest.mark.parametrize("residual_blocks", [False, True])
-@pytest.mark.parametrize("shortcut", [0.0, 1.0])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_network_depends_on_what_the_adjacency_says(name, shortcut, residual_blocks):
+def test_a_network_depends_on_what_the_adjacency_says(name, residual_blocks):
     adjacency = GRAPHS[name]
-    network = MaskedNetwork(
-        5, 2, 3, shortcut=shortcut, residual=residual_blocks, adjacency=adjacency
-    )
+    network = MaskedNetwork(5, 2, 3, residual=residual_blocks, adjacency=adjacency)
     perturb(network.double(), 0.5)
     x, c = torch.randn(20, 5).double(), torch.randn(2).double()
     on_features = depends(lambda x: network(x, c).abs().sum(dim=-1), x)
@@ -121,25 +117,18 @@ def test_log_determinants(name, context):
 
 
 @pytest.mark.parametrize("substitution", [False, True])
-@pytest.mark.parametrize("shortcut", [0.0, 1.0])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_the_inverse(name, shortcut, substitution, monkeypatch):
+def test_the_inverse(name, substitution, monkeypatch):
     monkeypatch.setattr(autoregressive, "_LEAST", 0 if substitution else 10**9)
     monkeypatch.setattr(autoregressive, "_ENOUGH", 10**9)
-    network = partial(MaskedNetwork, shortcut=shortcut)
-    f = flow(torch.cat((GRAPHS[name], SOME), dim=1), 2, 2, network=network)
+    f = flow(torch.cat((GRAPHS[name], SOME), dim=1), 2, 2)
     y, c = torch.randn(50, 5).double(), torch.randn(50, 2).double()
     t = f(c).transform
     with torch.no_grad(), record_inversions() as inversions:
         x = t.inv(y)
     assert residual(t, x, y) <= 1e-13
     passes = [i.iterations for i in inversions if i.problem == "triangular"]
-    if substitution:
-        assert passes == [1, 1]
-    elif shortcut == 0.0:
-        assert passes == [min(LONGEST[name], 5)] * 2
-    else:
-        assert max(passes) <= 2 * LONGEST[name]
+    assert passes == [1 if substitution else min(LONGEST[name], 5)] * 2
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -160,14 +149,6 @@ def test_the_fast_inverse_of_zukos_flows_takes_as_many_passes():
     with torch.no_grad(), record_inversions() as inversions:
         assert residual(t, t.inv(y), y) <= 1e-13
     assert [i.iterations for i in inversions] == [LONGEST["tree"]]
-
-
-def test_a_shortcut_is_inverted_in_one_pass_whatever_the_graph():
-    f = MaskedNetwork(5, shortcut=2.0, adjacency=GRAPHS["tree"]).double()
-    torch.nn.init.normal_(f.shortcut.weight)
-    linear = f.shortcut.mask * f.shortcut.weight
-    inverse = torch.eye(5).double() + f.shortcut.preconditioner()
-    assert torch.allclose(inverse @ (torch.eye(5) + linear), torch.eye(5).double())
 
 
 def test_gradients_of_the_inverse():
@@ -215,12 +196,6 @@ def test_the_state_holds_it_and_copies_and_the_default_dtype_are_as_ever():
     for same in (other, copy.deepcopy(f)):
         assert torch.equal(same().log_prob(x), f().log_prob(x))
     assert flow(GRAPHS["tree"]).float()().log_prob(x.float()).dtype == torch.float32
-
-
-def test_state_dicts_of_orders_are_as_they_were():
-    keys = [*MaskedNetwork(5, shortcut=1.0).state_dict()]
-    assert [k for k in keys if "shortcut" in k] == ["shortcut.weight", "shortcut.mask"]
-    assert Shortcut(torch.ones(3, 3).tril(-1), 1.0).order is None
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,6 @@ def test_bad_arguments():
         ({"blocks": 0}, ValueError, "'blocks' should be at least 1, got 0"),
         ({"hidden_features": (0,)}, ValueError, "'hidden_features' should be at least 1"),
         ({"activation": nn.Softmax}, ValueError, "'activation' should act on each unit"),
-        ({"shortcut": -1.0}, ValueError, "'shortcut' should be at least 0"),
     ]
     for options, error, message in cases:
         with pytest.raises(error, match=message):

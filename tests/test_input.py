@@ -102,7 +102,6 @@ TABLE = [
     ("context_diagonal", ["SinusoidalFlow"], [True]),
     ("linear", FLOWS, [1, "yes"]),
     ("tails", FLOWS, [1, "yes", None]),
-    ("shortcut", FLOWS, [1.0]),
     ("max_scale", NETWORKS, [1, 0.5, -2.0, "2", True, NAN, INF]),
     ("context", ["LDU", "ldu"], [2]),
     ("solver", [n for n in MAKE if n != "Solver"], ["default", None, Solver]),

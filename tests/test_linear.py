@@ -411,8 +411,6 @@ def test_wrong_options():
     for value in (1, 0, "yes"):
         with pytest.raises(TypeError, match="'linear' should be True or False, got"):
             SinusoidalFlow(3, linear=value)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'shortcut'"):
-        SinusoidalFlow(3, shortcut=1.0)
 
 
 @pytest.mark.parametrize("conditioner", ["autoregressive", "independent"])

@@ -26,7 +26,6 @@ from pyro_sinflow.sequential import StagedEvaluation, Stages
 CASES = {
     "shift": lambda c: ConditionalLDU(11, c, scale=False),
     "scale": lambda c: ConditionalLDU(11, c, residual=True, hidden_features=(32,) * 4),
-    "shortcut": lambda c: ConditionalLDU(11, c, shortcut=2.0, residual=True),
     "order": lambda c: ConditionalLDU(11, c, order=torch.randperm(11)),
     "linear": lambda c: ConditionalLDU(11, c, hidden_features=()),
     "dropout": lambda c: ConditionalLDU(11, c, dropout=0.5),
@@ -82,7 +81,7 @@ def test_agrees_with_whole_passes(name, context, dtype, calls, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 5, 11, 20])
 def test_stages_agree_with_the_network_whatever_their_size(size):
-    network = perturb(MaskedNetwork(11, 3, 2, hidden_features=(16, 16), shortcut=1.0).double())
+    network = perturb(MaskedNetwork(11, 3, 2, hidden_features=(16, 16)).double())
     x, c = torch.randn(7, 11).double(), torch.randn(7, 3).double()
     stages = Stages(network, 11, size)
     assert torch.cat(stages.stages).tolist() == [*range(11)]

@@ -126,7 +126,7 @@ MAKE = [SinusoidalFlow, LDU, ConditionalLDU]
 def test_signatures_are_written_out(make):
     parameters = inspect.signature(make).parameters
     assert all(p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
-    own = {"conditioner", "linear", "tails"} if make is SinusoidalFlow else {"shortcut"}
+    own = {"conditioner", "linear", "tails"} if make is SinusoidalFlow else set()
     assert {"scale", "min_slope", "solver", "network", *own} <= {*parameters}
 
 
@@ -145,7 +145,6 @@ OPTIONS = {
     "activation": nn.Tanh,
     "residual": True,
     "dropout": 0.5,
-    "shortcut": 2.0,
     "context_diagonal": True,
     "linear": False,
     "tails": False,
@@ -161,8 +160,8 @@ INDEPENDENT = {**FLOW, "conditioner": "independent"}
     [
         (LDU, {}, ["context_diagonal", "linear", "tails"]),
         (ConditionalLDU, {"context": 2}, ["linear", "tails"]),
-        (SinusoidalFlow, FLOW, ["scale", "context_diagonal", "shortcut"]),
-        (SinusoidalFlow, INDEPENDENT, ["shortcut"]),
+        (SinusoidalFlow, FLOW, ["scale", "context_diagonal"]),
+        (SinusoidalFlow, INDEPENDENT, []),
     ],
     ids=["LDU", "ConditionalLDU", "SinusoidalFlow", "independent"],
 )

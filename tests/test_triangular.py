@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -15,13 +14,11 @@ from torch.distributions import constraints
 
 from pyro_sinflow import (
     LDU,
-    AutoregressiveMap,
     ConditionalLDU,
     FastInverse,
     InversionError,
     InversionWarning,
     LDUTransform,
-    MaskedNetwork,
     SinusoidalFlow,
     SinusoidalTransform,
     Solver,
@@ -36,17 +33,6 @@ AIM = {torch.float32: 1e-5, torch.float64: 1e-11}
 def linear(weight):
     """A conditioner whose shift is linear."""
     return lambda x: zuko.transforms.AdditiveTransform(x @ weight.T)
-
-
-class Preconditioned(AutoregressiveMap):
-    """A map with a preconditioner."""
-
-    def __init__(self, conditioner, matrix):
-        super().__init__(conditioner)
-        self.matrix = matrix
-
-    def preconditioner(self):
-        return self.matrix
 
 
 @given(
@@ -92,86 +78,6 @@ def test_passes_never_exceed_features_whatever_the_map():
     assert [i.iterations for i in inversions] == [16]
     exact = torch.linalg.solve_triangular(torch.eye(16) + weight, y[..., None], upper=False)
     assert torch.allclose(x, exact[..., 0], rtol=1e-12)
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_preconditioner_keeps_the_guarantee(exact):
-    weight = 0.5 * torch.randn(15, 15, dtype=torch.float64).tril(-1)
-    one = torch.eye(15, dtype=torch.float64)
-    inverse = torch.linalg.solve_triangular(one + weight, one, upper=False)
-    matrix = inverse - one if exact else 100 * torch.randn_like(weight).tril(-1)
-    solver = Solver(tolerance=1e-12)
-    t = TriangularTransform(Preconditioned(linear(weight), matrix), solver=solver)
-    y = torch.randn(64, 15, dtype=torch.float64)
-    with record_inversions() as inversions:
-        x = t.inv(y)
-    assert inversions[0].iterations <= (2 if exact else 30)
-    assert torch.allclose(x, y @ inverse.T, rtol=1e-9)
-
-
-def test_a_preconditioner_may_overflow():
-    weight = 1e3 * torch.ones(12, 12).tril(-1)
-    matrix = torch.full((12, 12), torch.inf).tril(-1)
-    t = TriangularTransform(Preconditioned(linear(weight), matrix))
-    y = torch.ones(3, 12)
-    y[:, 1:] += 1e3 * torch.arange(1, 12)  # at the root all features are 1
-    assert torch.equal(t.inv(y), torch.ones(3, 12))
-
-
-def with_shortcuts(features, conditioner, **options):
-    """A lazy transform whose networks have shortcuts."""
-    if conditioner == "autoregressive":
-        network = partial(MaskedNetwork, shortcut=1.0)
-        return SinusoidalFlow(features, transforms=1, network=network, **options)
-    options["order"] = torch.randperm(features) if options.pop("randperm", False) else None
-    scale = conditioner != "shift"
-    return ConditionalLDU(features, scale=scale, max_scale=2.0, shortcut=1.0, **options)
-
-
-def chained(module, weight):
-    """Lets each feature of the last triangular map lean on the one before, and returns it."""
-    *_, lazy = (part for part in module.modules() if hasattr(part, "univariate"))
-    with torch.no_grad():
-        shortcut = lazy.network.shortcut
-        rank = shortcut.mask.sum(dim=1)
-        shortcut.weight.copy_(weight * (rank == rank[:, None] - 1))
-    return lazy
-
-
-@pytest.mark.parametrize("conditioner", ["independent", "shift", "autoregressive"])
-def test_shortcuts_save_passes(conditioner):
-    module = perturb(with_shortcuts(40, conditioner, randperm=True), 0.01).double()
-    lazy = chained(module, -0.9)  # a random walk
-    t = lazy()
-    t.map.sequential = lambda y: None
-    y = torch.randn(7, 40).double().requires_grad_()
-    passes, results = {}, []
-    for preconditioner in (lambda: None, t.map.preconditioner):
-        t.map.preconditioner = preconditioner
-        with record_inversions() as inversions:
-            x = t.inv(y)
-            wanted = (y, lazy.network.shortcut.weight)
-            results += [(x, *torch.autograd.grad(x.sin().sum(), wanted))]
-        for i in inversions:
-            passes.setdefault(i.problem, []).append(i.iterations)
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, atol=1e-12)
-    assert passes["triangular"][0] > 2 * passes["triangular"][1]
-    assert passes["adjoint"][0] > 2 * passes["adjoint"][1]
-
-
-@pytest.mark.parametrize("dtype", AIM)
-@pytest.mark.parametrize("conditioner", ["independent", "autoregressive"])
-def test_a_poor_preconditioner_is_dropped(conditioner, dtype):
-    # It supposes scales of one, where they are two: its powers grow as 1.5^100, beside inverses of
-    # sinusoids that depend, in the last digit, on the rest of the batch.
-    lazy = chained(perturb(with_shortcuts(100, conditioner), 0.02).to(dtype), -1.5)
-    with torch.no_grad():
-        lazy.network.bias.view(100, -1)[:, 1] = 20.0
-        t = lazy()
-        y = torch.randn(16, 100, dtype=dtype)
-        assert residual(t, t.inv(y), y) <= AIM[dtype]
-        assert residual(t, torch.func.vmap(t.inv)(y), y) <= AIM[dtype]
 
 
 def test_a_single_feature_tells_when_it_is_lost():
@@ -350,18 +256,6 @@ def test_diagonal_may_be_any_element_wise_transform():
     x = torch.randn(6, 3)
     assert torch.allclose(t.inv(t(x)), x, atol=1e-4)
     assert t.call_and_ladj(x)[1].shape == (6,)
-
-
-def test_as_many_iterations_as_features_are_no_proof_with_a_preconditioner():
-    weight = (50 / 60**0.5 * torch.randn(60, 60)).tril(-1)
-    one = torch.eye(60)
-    function = Preconditioned(
-        lambda x: zuko.transforms.AdditiveTransform((x @ weight.T).sin()),
-        torch.linalg.inv(one + weight) - one,
-    )
-    t = TriangularTransform(function, solver=Solver(max_iter=60))
-    with pytest.warns(InversionWarning, match="stopped after 60 iterations"):
-        t.inv(torch.randn(8, 60))
 
 
 def test_events_without_features_under_vmap():
