@@ -191,6 +191,7 @@ def cases(conditioner: str) -> dict[str, Case]:
     if conditioner == "the paper's LDU blocks":
         for name in ("scales from 0.1 to 10", "no linear maps", "no asinh"):  # they have none
             del found[name]
+        found["scales in L and U"] = Case(partial(make, scale=True))
         found["the paper, literally"] = Case(literal)
     return found
 

@@ -83,6 +83,7 @@ def fit(
     validation = data.validation[:: max(len(data.validation) // 2000, 1)]
     parts = {"flow": flow, "optimiser": optimiser, "schedule": schedule}
     step, best, best_step, weights = 0, -math.inf, 0, copy.deepcopy(flow.state_dict())
+    begin = time.process_time()
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         if saved["budget"] != asdict(budget):
@@ -94,6 +95,7 @@ def fit(
             part.load_state_dict(saved[key])
         step, best, best_step, weights = saved["progress"]
         torch.set_rng_state(saved["random"])
+        begin -= saved["seconds"]
 
     patience = max(budget.patience, budget.every)  # what has not been validated is not given up
     with tqdm(desc=name, total=budget.steps, initial=step) as bar:
@@ -117,6 +119,7 @@ def fit(
                 saved = {key: part.state_dict() for key, part in parts.items()}
                 saved |= {"budget": asdict(budget), "random": torch.get_rng_state()}
                 saved |= {"progress": (step, best, best_step, weights)}
+                saved |= {"seconds": time.process_time() - begin}
                 # In one step, so that an interruption leaves no partial file.
                 torch.save(saved, partial := checkpoint.with_suffix(".partial"))
                 partial.replace(checkpoint)
@@ -151,6 +154,11 @@ def restore(flow: Flow, checkpoint: Path) -> Flow:
     *_, weights = torch.load(checkpoint, weights_only=True)["progress"]
     flow.load_state_dict(weights)
     return flow
+
+
+def spent(checkpoint: Path) -> float:
+    """Returns the processor time of the fit of a checkpoint, with all its interruptions."""
+    return torch.load(checkpoint, weights_only=True)["seconds"]
 
 
 def likelihood_step(

@@ -30,7 +30,7 @@ def run(script, *args):
         env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
