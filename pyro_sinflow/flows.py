@@ -87,8 +87,11 @@ class SinusoidalFlow(Flow):
             context.
         min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
         network: The constructor of the networks: :class:`pyro_sinflow.MaskedNetwork`, or a
-            constructor with the same options. For the autoregressive conditioner, the network needs
-            a method ``set_bias``.
+            constructor that takes ``(features, context)`` and the keyword arguments ``outputs``,
+            ``order`` (or ``adjacency``), ``hidden_features``, ``activation``, ``residual`` and
+            ``dropout``. For the autoregressive conditioner, the network needs a method
+            ``set_bias(bias)``, which sets the bias of its outputs, with shape
+            :math:`(D, \text{outputs})`.
         hidden_features: The numbers of hidden features of each network.
         activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
         residual: Whether the masked networks use residual blocks.
@@ -271,11 +274,12 @@ def _autoregressive(
     shapes = [(), (), (sinusoids, 3 * components + 1)]
     outputs = 2 + sinusoids * (3 * components + 1)
 
-    masked: Any = network(features, context, outputs, **options)
+    masked: Any = network(features, context, outputs=outputs, **options)
     if not hasattr(masked, "set_bias"):
         raise TypeError(
-            "'network' should make a network with a method 'set_bias' for the autoregressive "
-            f"conditioner, got {type(masked).__name__}."
+            "'network' should make a network with a method 'set_bias(bias)' for the autoregressive "
+            f"conditioner, where the bias has shape ({features.numel()}, {outputs}), got "
+            f"{type(masked).__name__}."
         )
     n = features.numel()
     start = initial_sinusoids(n, sinusoids, components=components).flatten(1)

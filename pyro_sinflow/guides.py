@@ -170,7 +170,7 @@ class AutoLDU(AutoContinuous):
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Returns quantiles of each latent variable, estimated from samples.
+        """Returns quantiles of each latent variable, estimated from 10,000 samples.
 
         Args:
             quantiles: The quantiles, between 0 and 1.
@@ -178,11 +178,13 @@ class AutoLDU(AutoContinuous):
             kwargs: The keyword arguments of the model.
 
         Raises:
-            ValueError: If a quantile is not between 0 and 1.
+            ValueError: If ``quantiles`` is not a sequence, or a quantile is not between 0 and 1.
             RuntimeError: If the guide has not been called yet.
         """
         affine = self._parameter()
         levels = torch.as_tensor(quantiles, dtype=affine.dtype, device=affine.device)
+        if levels.ndim != 1:
+            raise ValueError(f"'quantiles' should be a sequence of numbers, got {quantiles}.")
         for level in levels.tolist():
             if not 0 <= level <= 1:
                 raise ValueError(f"'quantiles' should be between 0 and 1, got {level:g}.")

@@ -7,18 +7,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from pyro.distributions import is_validation_enabled
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
 from zuko.nn import MLP, MaskedMLP
 
 from . import _validate as check
+from ._torch import can_branch_on
 from .autoregressive import NetworkMap, name_of, splitter
 from .bijection import at_least_float32
 from .element_wise import Affine, Asinh, SinusoidalChain
 from .linear import Linear
 from .masks import masked_mlp
-from .networks import MaskedNetwork, check_context
+from .networks import MaskedNetwork, check_context, check_triangular
+from .pixelcnn import PixelCNN
 from .solvers import Solver
 from .transforms import TriangularTransform
 
@@ -57,9 +60,12 @@ class LazyTriangular(Lazy):
     Args:
         network: A module that maps x, with shape :math:`(*, \text{features})`, and a context, or
             :py:`None`, to parameters with shape :math:`(*, \text{features}, \text{outputs})`. The
-            parameters of a feature must depend only on the features before it.
+            parameters of a feature must depend only on the features before it, in some order of the
+            features.
         features: The shape of an event.
-        univariate: The constructor of :math:`\tau`. It must treat all features alike.
+        univariate: The constructor of :math:`\tau`, a :class:`torch.distributions.Transform` that
+            acts on each number by itself. It gets the parameters of all features at once, a tensor
+            for each of ``shapes``.
         shapes: The shapes of the arguments of ``univariate``, for one feature.
         solver: How the inverse is computed.
 
@@ -67,7 +73,9 @@ class LazyTriangular(Lazy):
         TypeError: If ``features`` or ``shapes`` holds anything other than integers, ``univariate``
             is not callable, or ``solver`` is not a :class:`Solver`.
         ValueError: If a size is not positive. When the transformation is called: if the network
-            does not return as many outputs for each feature as ``shapes`` needs.
+            does not return as many outputs for each feature as ``shapes`` needs. When it is called
+            for the first time with Pyro's validation on: if the parameters of a feature depend on
+            the feature itself.
 
     Example:
         >>> network = MaskedNetwork((3,), context=2, outputs=2)
@@ -94,6 +102,7 @@ class LazyTriangular(Lazy):
         self.outputs = sum(s.numel() for s in self.shapes)
         self.split = splitter(self.shapes)
         self.solver = check.instance("solver", solver, Solver)
+        self._checked = isinstance(network, MaskedNetwork | PixelCNN)  # triangular by their masks
 
     def extra_repr(self) -> str:
         """Shows the univariate transformation and the shapes of its arguments."""
@@ -109,6 +118,9 @@ class LazyTriangular(Lazy):
                 f"'network' should return {self.outputs} outputs for each feature, for 'shapes' "
                 f"{[*map(tuple, self.shapes)]}, got an output of shape {tuple(h.shape)}."
             )
+        if not self._checked and x.numel() and is_validation_enabled() and can_branch_on(x):
+            check_triangular(self.network, self.features, x, c)
+            self._checked = True
         return self.univariate(*self.split(h))
 
     def forward(self, c: Tensor | None = None) -> TriangularTransform:

@@ -19,7 +19,10 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
     """Requires a context tensor where there are context features, and none where there are none."""
     if context == 0:
         if c is not None:
-            raise ValueError("The context should be None, as there are no context features.")
+            raise ValueError(
+                f"The context should be None, as there are no context features, got a tensor of "
+                f"shape {tuple(c.shape)}. A flow scores data x by 'flow().log_prob(x)'."
+            )
     elif c is None:
         raise ValueError(f"The context should be a tensor of shape (*, {context}), got None.")
     else:
@@ -92,6 +95,50 @@ def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
         raise ValueError(
             f"'activation' should act on each unit by itself, but {activation} mixes units: the "
             "map would not be triangular, and its log-determinants wrong."
+        )
+
+
+@torch.no_grad()
+def check_triangular(
+    network: nn.Module, features: Sequence[int], x: Tensor, c: Tensor | None
+) -> None:
+    """Requires that the parameters of no feature depend on the feature itself.
+
+    Otherwise log-densities would be wrong. The check changes one feature of a row at a time, with
+    the network in evaluation mode, and follows the dependencies.
+
+    Args:
+        network: The network, which maps features and context to parameters.
+        features: The shape of an event.
+        x: Features, of which the first row is taken, with shape (*, features).
+        c: The context, with shape (*, C), or None.
+
+    Raises:
+        ValueError: If the network is not triangular.
+    """
+    n = math.prod(features)
+    probes = torch.linspace(0, n - 1, min(n, _PROBES), device=x.device).long()
+    rows = x.reshape(-1, n)[:1].repeat(len(probes) + 1, 1)
+    rows[torch.arange(1, len(rows), device=x.device), probes] += 1
+    if c is not None:
+        c = c.reshape(-1, c.shape[-1])[:1].expand(len(rows), -1)
+    modes = {module: module.training for module in network.modules()}
+    try:
+        h = network.eval()(rows.view(-1, *features), c).view(len(rows), n, -1)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    tolerance = torch.finfo(h.dtype).eps ** 0.5
+    moved = ((h[1:] - h[0]).abs() > tolerance * (1 + h[0].abs())).any(dim=-1)
+    reached = moved[:, probes].double()  # which features depend on each, in several steps at last
+    for _ in range(len(probes).bit_length()):
+        reached = (reached + reached @ reached).sign()
+    wrong = probes[reached.diagonal() > 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"'network' should compute the parameters of a feature from the features before it, "
+            f"but in {type(network).__name__} those of the features {wrong} depend on the features "
+            "themselves, perhaps by way of others: log-densities would be wrong."
         )
 
 

@@ -194,6 +194,8 @@ def test_medians_and_quantiles_are_those_of_samples():
         assert torch.allclose(value, expected, atol=0.02, rtol=0.02)
     with pytest.raises(ValueError, match=r"'quantiles' should be between 0 and 1, got 1.5"):
         guide.quantiles([0.5, 1.5])
+    with pytest.raises(ValueError, match=r"'quantiles' should be a sequence of numbers, got 0.5"):
+        guide.quantiles(0.5)
 
 
 def test_neutra():

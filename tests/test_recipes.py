@@ -163,5 +163,41 @@ def test_early_stopping():
 
 
 def test_tuning():
-    names = results("What to tune first")
+    names = results("Choosing options on validation data")
     assert names["scores"][names["best"]] == min(names["scores"].values())
+
+
+def jacobian_is_triangular(t, x):
+    jacobian = torch.stack([torch.autograd.functional.jacobian(t, row) for row in x])
+    return not jacobian.triu(1).any() and bool((jacobian.diagonal(dim1=1, dim2=2) != 0).all())
+
+
+def test_networks_of_your_own():
+    names = results("Networks of your own")
+    flow, c, x = names["flow"], names["c"][0], names["x"][:10]
+    t = flow(c).transform
+    assert jacobian_is_triangular(t, x)
+    assert names["samples"].shape == (100, 4)
+    assert torch.allclose(t(t.inv(x)), x, atol=1e-5)
+    names["network"].gru.weight_ih_l0.data.mul_(0.0)  # features and context no longer count
+    assert torch.allclose(flow(c).log_prob(x), flow(c + 1).log_prob(x))
+
+
+def test_transforms_by_hand():
+    names = results("Transforms by hand")
+    t, x = names["t"], names["x"].detach()
+    assert jacobian_is_triangular(t, x)
+    guide, prior = names["log_probs"]
+    normal = names["noise"].log_prob
+    assert torch.allclose(prior, normal(t(x)) + t.log_abs_det_jacobian(x, t(x)), atol=1e-5)
+    z = t.inv(x)
+    assert torch.allclose(guide, normal(z) - t.log_abs_det_jacobian(z, x), atol=1e-4)
+
+
+def test_an_element_wise_transform_of_your_own():
+    names = results("An element-wise transform of your own")
+    assert float(names["error"].detach()) < 1e-5
+    t, x = names["t"], names["x"]
+    jacobian = torch.func.vmap(torch.func.jacrev(t))(x)
+    _, ladj = t.call_and_ladj(x)
+    assert torch.allclose(ladj, jacobian.det().abs().log(), atol=1e-4)

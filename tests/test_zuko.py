@@ -236,7 +236,7 @@ def test_records_inside_of_records():
             {"context_diagonal": True},
             "'context_diagonal' is an option of conditioner='independent'",
         ),
-        ({"network": lambda *args, **kwargs: nn.Identity()}, "'set_bias'.*got Identity"),
+        ({"network": lambda *args, **kwargs: nn.Identity()}, r"'set_bias\(bias\)'.*got Identity"),
         ({"residual": "no"}, "'residual' should be True or False, got 'no'"),
         ({"dropout": -0.1}, "'dropout' should be at least 0.0 and less than 1.0, got -0.1"),
     ],
