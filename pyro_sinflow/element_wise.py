@@ -119,22 +119,22 @@ class Asinh(Bijection):
     It is nearly the identity for :math:`|x| < 1 / b`, and logarithmic beyond.
 
     Args:
-        parameter: The unconstrained b, with shape :math:`(*)`. A sigmoid of its product with the
-            factor, plus the start, is mapped to between 0.001 and 1.
-        factor: The factor of the unconstrained b.
-        start: The number that is added.
+        parameter: The unconstrained b, with shape :math:`(*)`. A sigmoid of its product with
+            ``rate``, plus ``start``, is mapped to between 0.001 and 1.
+        rate: The factor of the unconstrained b.
+        start: The number that is added to it.
     """
 
     domain = constraints.real
     codomain = constraints.real
 
-    def __init__(self, parameter: Tensor, factor: float = 1.0, start: float = 0.0) -> None:
+    def __init__(self, parameter: Tensor, rate: float = 1.0, start: float = 0.0) -> None:
         super().__init__()
 
         # They are combined at each use: a distribution that is kept follows the parameter, and has
         # no part of a graph that an earlier backward pass has freed.
         self.parameter = parameter
-        self.factor, self.start = factor, start
+        self.rate, self.start = rate, start
 
     def __repr__(self) -> str:
         return f"Asinh(batch_shape: {tuple(self.parameter.shape)})"
@@ -143,13 +143,13 @@ class Asinh(Bijection):
         return (
             isinstance(other, Asinh)
             and torch.equal(self.parameter, other.parameter)
-            and (self.factor, self.start) == (other.factor, other.start)
+            and (self.rate, self.start) == (other.rate, other.start)
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def _b(self) -> Tensor:
-        u = self.start + self.factor * at_least_float32(self.parameter)
+        u = self.start + self.rate * at_least_float32(self.parameter)
         return 1e-3 + (1 - 1e-3) * u.sigmoid()
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:

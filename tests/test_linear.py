@@ -315,13 +315,13 @@ def test_an_inverse_that_overflows_is_announced():
     assert t._inverse(y.double()[1]).isfinite().all()
 
 
-@pytest.mark.parametrize("factor", [0.5, 3.0])
-def test_the_factor_and_the_start_of_b(factor):
+@pytest.mark.parametrize("rate", [0.5, 3.0])
+def test_the_rate_and_the_start_of_b(rate):
     p, x = parameters("Asinh"), torch.randn(5, 3).double()
-    t = Asinh(p, factor=factor, start=0.7)
-    for a, b in zip(t.call_and_ladj(x), Asinh(factor * p + 0.7).call_and_ladj(x), strict=True):
+    t = Asinh(p, rate=rate, start=0.7)
+    for a, b in zip(t.call_and_ladj(x), Asinh(rate * p + 0.7).call_and_ladj(x), strict=True):
         assert torch.allclose(a, b, atol=1e-12)
-    assert t != Asinh(p, factor=factor) != Asinh(p)
+    assert t != Asinh(p, rate=rate) != Asinh(p)
 
 
 @pytest.mark.parametrize("name", LAZY)
