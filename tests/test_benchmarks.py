@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs on a CPU, at small sizes."""
+"""Benchmarks run, at small sizes where they measure times, and counts are within their aims."""
 
 import runpy
 from pathlib import Path
@@ -30,3 +30,10 @@ def test_gpu(tmp_path, data, capsys, monkeypatch):
         assert sum(what.startswith(start) for what in table) == count
     for measured, _ in table.values():
         assert measured == "needs a GPU" or float(measured) > 0
+
+
+def test_counts_of_calls_are_within_their_aims():
+    for what, count, aim in runpy.run_path(str(BENCHMARKS / "calls.py"))["count_calls"]():
+        assert count > 0
+        if aim and not what.startswith("lines"):
+            assert count <= aim, what

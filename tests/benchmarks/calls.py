@@ -107,7 +107,7 @@ def count_calls():
     yield "lines in pyro_sinflow/", lines(), 3700
     for scale in (False, True):
         name = f"scale={scale}"
-        one = partial(SinusoidalFlow, transforms=1, scale=scale)
+        one = partial(SinusoidalFlow, transforms=1, scale=scale, **BLOCKS)
         x = torch.randn(128, 16)
         flow = one(16)
         yield (
