@@ -113,7 +113,7 @@ class LazyTriangular(Lazy):
     def meta(self, c: Tensor | None, x: Tensor) -> Transform:
         """Returns the element-wise transformation, given context and features."""
         h = self.network(x, c)
-        if h.shape[-1] != self.outputs:
+        if h.shape[-len(self.features) - 1 :] != (*self.features, self.outputs):
             raise ValueError(
                 f"'network' should return {self.outputs} outputs for each feature, for 'shapes' "
                 f"{[*map(tuple, self.shapes)]}, got an output of shape {tuple(h.shape)}."

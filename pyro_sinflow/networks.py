@@ -124,13 +124,13 @@ def check_triangular(
         c = c.reshape(-1, c.shape[-1])[:1].expand(len(rows), -1)
     modes = {module: module.training for module in network.modules()}
     try:
-        h = network.eval()(rows.view(-1, *features), c).view(len(rows), n, -1)
+        h = network.eval()(rows.view(-1, *features), c).reshape(len(rows), n, -1)
     finally:
         for module, mode in modes.items():
             module.training = mode
     tolerance = torch.finfo(h.dtype).eps ** 0.5
     moved = ((h[1:] - h[0]).abs() > tolerance * (1 + h[0].abs())).any(dim=-1)
-    reached = moved[:, probes].double()  # which features depend on each, in several steps at last
+    reached = moved[:, probes].double()  # which features depend on each, at last in any steps
     for _ in range(len(probes).bit_length()):
         reached = (reached + reached @ reached).sign()
     wrong = probes[reached.diagonal() > 0].tolist()
