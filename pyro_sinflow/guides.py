@@ -18,10 +18,12 @@ from torch.distributions import Transform, biject_to
 from . import _validate as check
 from .bijection import at_least_float32
 from .block import ConditionalLDU
+from .linear import Linear
 from .networks import MaskedNetwork
 from .transforms import Composition
 
 _FASTER = 10  # the factor of location and log-scales, which thus learn so many times faster
+_LINEAR = 2  # the factor of the entries of A
 _DRAWS = 10_000  # for medians and quantiles
 
 # Pyro's default takes the median of 15 samples, which is inaccurate for wide priors.
@@ -31,12 +33,12 @@ _init_to_median = init_to_median(num_samples=1000)
 class AutoLDU(AutoContinuous):
     r"""Creates a guide of LDU blocks over all continuous latent variables.
 
-    .. math:: z = \mu + A (f_n \circ \dots \circ f_1)(x) \quad x \sim \mathcal{N}(0, I)
+    .. math:: z = \mu + A (f_n \circ \dots \circ f_1)(B x) \quad x \sim \mathcal{N}(0, I)
 
-    z is the vector of all latent variables in unconstrained space, A is a lower triangular matrix,
-    and :math:`f_i` are LDU blocks that start as the identity. The guide therefore starts as
-    :class:`~pyro.infer.autoguide.AutoDiagonalNormal`. It can fit skewed, curved and funnel-shaped
-    posteriors, and scores its own samples in one pass, like
+    z is the vector of all latent variables in unconstrained space, A is a lower and B an upper
+    triangular matrix, and :math:`f_i` are LDU blocks. B and the blocks start as the identity. The
+    guide therefore starts as :class:`~pyro.infer.autoguide.AutoDiagonalNormal`. It can fit skewed,
+    curved and funnel-shaped posteriors, and scores its own samples in one pass, like
     :class:`~pyro.infer.autoguide.AutoIAFNormal`. If the posterior is close to normal, as in a
     regression with many observations, :class:`~pyro.infer.autoguide.AutoMultivariateNormal` is
     enough.
@@ -115,7 +117,7 @@ class AutoLDU(AutoContinuous):
         # Values that are already in Pyro's store, for example loaded from a file, replace these.
         self._check_store()
         pyro.module(self._pyro_get_fullname("blocks"), self.blocks, update_module_params=True)
-        # Rows: the location, the log-scales, and the entries below the diagonal.
+        # Rows: the location, the log-scales, and the entries of A below, of B above the diagonal.
         affine = loc.new_zeros(len(loc) + 2, len(loc))
         affine[0] = loc / _FASTER
         affine[1] = math.log(self._init_scale) / _FASTER
@@ -153,12 +155,12 @@ class AutoLDU(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Returns the transformation from noise to latent variables, with a cache."""
-        fast, below = at_least_float32(self._parameter()).tensor_split((2,))
+        fast, matrix = at_least_float32(self._parameter()).tensor_split((2,))
         loc, log_scale = (_FASTER * fast).unbind()
         scale = log_scale.exp()
-        affine = _Affine(loc, scale.diag() + scale * below.tril(-1))
+        affine = _Affine(loc, scale.diag() + _LINEAR * scale * matrix.tril(-1))
         parts = [part for block in self.blocks for part in block.parts()]  # type: ignore[operator]
-        return Composition(*parts, affine, cache_size=1)
+        return Composition(Linear(matrix.triu(1)), *parts, affine, cache_size=1)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
