@@ -10,9 +10,9 @@ from torch import Size, Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from . import _validate as check
-from .masks import check_adjacency, check_order, masked_mlp, reach
+from .masks import check_adjacency, check_order, longest_paths, masked_mlp, reach
 
-_PROBES = 64  # the number of units that check_element_wise changes
+_PROBES = 64  # the largest number of units that a check changes
 
 
 def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
@@ -58,39 +58,60 @@ def check_activation(
 
 
 @torch.no_grad()
+def _respond(
+    module: nn.Module, row: Tensor, shape: Sequence[int], *args: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Evaluates a module at a row, and with one unit of the row changed at a time.
+
+    The module is in evaluation mode. Afterwards, it and its parts are in their own modes again.
+
+    Args:
+        module: The module.
+        row: Its input, flattened.
+        shape: The shape of its input, without the batch.
+        args: Its other arguments.
+
+    Returns:
+        The units that are changed, and the outputs, of which the first is that of the row itself.
+    """
+    units = torch.linspace(0, len(row) - 1, min(len(row), _PROBES), device=row.device).long()
+    rows = row.repeat(len(units) + 1, 1)
+    rows[torch.arange(1, len(rows), device=row.device), units] += 1.0
+    modes = {part: part.training for part in module.modules()}
+    try:
+        return units, module.eval()(rows.view(-1, *shape), *args)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
     """Requires that an activation is element-wise.
 
     With an activation that mixes units, such as softmax or layer normalisation, the parameters of a
     feature would depend on later features. The check changes one unit at a time and looks for
-    changes of other units, with the module in evaluation mode.
+    changes of other units.
 
     Args:
         activation: The module.
         shape: The shape of its input, without the batch.
     """
     n = math.prod(shape)
-    units = torch.linspace(0, n - 1, min(n, _PROBES)).long()
-    if units.is_meta:
+    row = torch.linspace(-1.5, 1.5, n)
+    if row.is_meta:
         return
-    rows = torch.arange(len(units))
-    x = torch.linspace(-1.5, 1.5, n).repeat(len(units) + 1, 1)
-    x[rows + 1, units] += 1.0
-    training = activation.training
     try:
-        y = activation.eval()(x.view(-1, *shape))
+        units, y = _respond(activation, row, shape)
     except Exception as error:
         raise ValueError(f"'activation' fails on {tuple(shape)} hidden units: {error}") from error
-    finally:
-        activation.train(training)
-    if y.shape != (len(x), *shape):
+    if y.shape != (len(units) + 1, *shape):
         raise ValueError(
             f"'activation' should keep the number of units, but {activation} makes "
             f"{tuple(y.shape[1:])} of {tuple(shape)}."
         )
-    y = y.reshape(len(x), n)
+    y = y.reshape(len(y), n)
     moved = (y[1:] - y[0]).abs() > 1e-5 * (1 + y[0].abs())
-    moved[rows, units] = False
+    moved[torch.arange(len(units)), units] = False
     if bool(moved.any()):
         raise ValueError(
             f"'activation' should act on each unit by itself, but {activation} mixes units: the "
@@ -98,14 +119,13 @@ def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
         )
 
 
-@torch.no_grad()
 def check_triangular(
     network: nn.Module, features: Sequence[int], x: Tensor, c: Tensor | None
 ) -> None:
     """Requires that the parameters of no feature depend on the feature itself.
 
-    Otherwise log-densities would be wrong. The check changes one feature of a row at a time, with
-    the network in evaluation mode, and follows the dependencies.
+    Otherwise log-densities would be wrong. The check changes one feature of a row at a time, and
+    follows the dependencies.
 
     Args:
         network: The network, which maps features and context to parameters.
@@ -117,28 +137,19 @@ def check_triangular(
         ValueError: If the network is not triangular.
     """
     n = math.prod(features)
-    probes = torch.linspace(0, n - 1, min(n, _PROBES), device=x.device).long()
-    rows = x.reshape(-1, n)[:1].repeat(len(probes) + 1, 1)
-    rows[torch.arange(1, len(rows), device=x.device), probes] += 1
     if c is not None:
-        c = c.reshape(-1, c.shape[-1])[:1].expand(len(rows), -1)
-    modes = {module: module.training for module in network.modules()}
-    try:
-        h = network.eval()(rows.view(-1, *features), c).reshape(len(rows), n, -1)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        c = c.reshape(-1, c.shape[-1])[:1].expand(min(n, _PROBES) + 1, -1)
+    probes, h = _respond(network, x.reshape(-1, n)[0], features, c)
+    h = h.reshape(len(h), n, -1)
     tolerance = torch.finfo(h.dtype).eps ** 0.5
     moved = ((h[1:] - h[0]).abs() > tolerance * (1 + h[0].abs())).any(dim=-1)
-    reached = moved[:, probes].double()  # which features depend on each, at last in any steps
-    for _ in range(len(probes).bit_length()):
-        reached = (reached + reached @ reached).sign()
-    wrong = probes[reached.diagonal() > 0].tolist()
-    if wrong:
+    cyclic = longest_paths(moved[:, probes].t()) == len(probes)
+    if bool(cyclic.any()):
         raise ValueError(
             f"'network' should compute the parameters of a feature from the features before it, "
-            f"but in {type(network).__name__} those of the features {wrong} depend on the features "
-            "themselves, perhaps by way of others: log-densities would be wrong."
+            f"but in {type(network).__name__} those of the features {probes[cyclic].tolist()} "
+            "depend on the features themselves, or on features that do: log-densities would be "
+            "wrong."
         )
 
 

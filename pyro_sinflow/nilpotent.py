@@ -128,10 +128,7 @@ def nilpotent_iteration(
 
 
 def _iterate(
-    step: Callable[[Tensor], Tensor],
-    x: Tensor,
-    limit: int,
-    aim: float,
+    step: Callable[[Tensor], Tensor], x: Tensor, limit: int, aim: float
 ) -> tuple[Tensor, Tensor, int, float]:
     """Runs passes until no feature changes by more than ``aim``.
 
