@@ -23,8 +23,8 @@ import torch
 from data import Data, patches
 from torch import Tensor, nn
 from torch.distributions import Transform
-from tqdm import tqdm, trange
-from training import Budget, arguments, fit, print_table
+from tqdm import tqdm
+from training import Budget, arguments, fit, passes, print_table
 
 from pyro_sinflow import InversionError, SinusoidalFlow, SinusoidalTransform, record_inversions
 
@@ -122,16 +122,13 @@ def newton(n: int) -> Rows:
     return table
 
 
-def passes(features: int, steps: int, batches: int, **options: Any) -> Rows:
+def histogram(features: int, steps: int, batches: int, **options: Any) -> Rows:
     """Part 3: how often each number of passes inverted one triangular map."""
     counts = {}
     for name, conditioner in CONDITIONERS.items():
         flow = SinusoidalFlow(features, transforms=BLOCKS, **conditioner, **options)
         flow = trained(flow, features, steps)
-        with torch.no_grad(), record_inversions() as inversions:
-            for _ in trange(batches, desc=name):
-                flow().sample((AT_ONCE,))
-        counts[name] = Counter(i.iterations for i in inversions if i.problem == "triangular")
+        counts[name] = Counter(passes(name, flow, batches, AT_ONCE))
     seen = sorted(set().union(*counts.values()))
     return [{"passes": k} | {name: count[k] for name, count in counts.items()} for k in seen]
 
@@ -195,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts: dict[str, Callable[[], Rows]] = {
         "Errors of round trips": lambda: round_trips(sizes, steps, rows, **options),
         "Newton iterations for one sinusoid": lambda: newton(draws),
-        "Inverses of triangular maps, by passes": lambda: passes(
+        "Inverses of triangular maps, by passes": lambda: histogram(
             features, steps, batches, **options
         ),
     }

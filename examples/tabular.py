@@ -26,10 +26,10 @@ from data import Data, breast_cancer, patches, standardise
 from files import SOURCES
 from files import bsds300 as rebuilt
 from torch import Tensor
-from training import Budget, afford, arguments, count, evaluate, fit, print_table, spent
+from training import Budget, afford, arguments, count, evaluate, fit, passes, print_table, spent
 from zuko.lazy import Flow
 
-from pyro_sinflow import SinusoidalFlow, record_inversions
+from pyro_sinflow import SinusoidalFlow
 
 
 class Preset(NamedTuple):
@@ -182,16 +182,9 @@ def run(name: str, make: Callable[..., Flow], data: Data, preset: Preset, args: 
     fitted = fit(name, flow(data.train.shape[1]), data, budget, checkpoint)
     score, error = evaluate(fitted, data.test)
     found = {"parameters": count(fitted), "steps": budget.steps, "seconds": spent(checkpoint)}
-    return {"score": score, "error": error, **found, "passes": passes(fitted)}
-
-
-def passes(flow: Flow, batches: int = 20, size: int = 10) -> list[int]:
-    """Returns how many passes each triangular map takes to draw some samples at a time."""
     torch.manual_seed(0)
-    with torch.no_grad(), record_inversions() as inversions:
-        for _ in range(batches):
-            flow().sample((size,))
-    return [i.iterations for i in inversions if i.problem == "triangular"]
+    taken = passes(f"{name}, samples", fitted, batches=20, size=10)
+    return {"score": score, "error": error, **found, "passes": taken}
 
 
 if __name__ == "__main__":

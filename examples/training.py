@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm, trange
 from zuko.lazy import Flow
 
+from pyro_sinflow import record_inversions
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -159,6 +161,14 @@ def restore(flow: Flow, checkpoint: Path) -> Flow:
 def spent(checkpoint: Path) -> float:
     """Returns the processor time of the fit of a checkpoint, with all its interruptions."""
     return torch.load(checkpoint, weights_only=True)["seconds"]
+
+
+def passes(name: str, flow: Flow, batches: int, size: int) -> list[int]:
+    """Returns how many passes each triangular map took to draw some samples at a time."""
+    with torch.no_grad(), record_inversions() as inversions:
+        for _ in trange(batches, desc=name):
+            flow().sample((size,))
+    return [i.iterations for i in inversions if i.problem == "triangular"]
 
 
 def likelihood_step(
