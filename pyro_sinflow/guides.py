@@ -13,12 +13,11 @@ from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Size, Tensor, nn
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform, biject_to, constraints
 
 from . import _validate as check
 from .bijection import at_least_float32
 from .block import ConditionalLDU
-from .linear import Linear
 from .networks import MaskedNetwork
 from .transforms import Composition
 
@@ -160,7 +159,7 @@ class AutoLDU(AutoContinuous):
         scale = log_scale.exp()
         affine = _Affine(loc, scale.diag() + _LINEAR * scale * matrix.tril(-1))
         parts = [part for block in self.blocks for part in block.parts()]  # type: ignore[operator]
-        return Composition(Linear(matrix.triu(1)), *parts, affine, cache_size=1)
+        return Composition(_Shear(matrix.triu(1)), *parts, affine, cache_size=1)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -203,6 +202,29 @@ class _Affine(LowerCholeskyAffine):
 
     def _call(self, x: Tensor) -> Tensor:
         return self.loc + x @ self.scale_tril.mT
+
+
+class _Shear(Transform):
+    """Multiplies by I + U, for a matrix U that has entries above its diagonal only."""
+
+    domain = codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, upper: Tensor) -> None:
+        super().__init__()
+        self.upper = upper
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x + x @ self.upper.mT
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows = y.reshape(-1, y.shape[-1])
+        return torch.linalg.solve_triangular(
+            self.upper.mT, rows, upper=False, left=False, unitriangular=True
+        ).reshape(y.shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[:-1])
 
 
 def _start_as_identity(block: ConditionalLDU) -> None:

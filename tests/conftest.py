@@ -1,6 +1,9 @@
 """What the tests share."""
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import pyro
@@ -11,6 +14,8 @@ from torch import nn
 
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("default")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,6 +46,13 @@ FAKE_GPU = _fake_gpu()  # at once: autograd counts the devices at the first back
 def _seed() -> None:
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports an example script, or a module of theirs, by its name."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
 
 
 def perturb(module: M, scale: float = 0.3) -> M:

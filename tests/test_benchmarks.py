@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_examples import EXAMPLES, rows
+from conftest import EXAMPLES
+from test_examples import rows
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 

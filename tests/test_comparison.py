@@ -1,12 +1,11 @@
 """The comparison of flows runs, and its tables hold what they say."""
 
-import importlib
 import json
 
 import numpy as np
 import pytest
 import torch
-from test_examples import EXAMPLES, rows, run
+from test_examples import rows, run
 
 FLOWS = ("Sinusoidal", "MAF", "B-NAF")
 CANCER = ("--data", "breast cancer", "--rates", "0.002", "0.006", "--seeds", "2")
@@ -64,9 +63,8 @@ def test_normflows(tmp_path):
 
 
 @pytest.fixture
-def files(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("files")
+def files(example):
+    return example("files")
 
 
 def test_uci(files, tmp_path):

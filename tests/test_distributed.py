@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from test_examples import EXAMPLES, run
+from conftest import EXAMPLES
+from test_examples import run
 
 OPTIONS = ("--steps", "6", "--batch", "32", "--every", "2", "--samples", "7", "--timeout", "20")
 

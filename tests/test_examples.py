@@ -1,27 +1,20 @@
 """The example scripts run, with a budget too small to learn anything."""
 
-import gzip
-import importlib
 import json
 import math
 import os
-import pickle
 import re
-import struct
 import subprocess
 import sys
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pyro
 import pytest
 import torch
+from conftest import EXAMPLES
 from torch.distributions import Independent, SigmoidTransform, TransformedDistribution, Uniform
 
 from pyro_sinflow import SinusoidalFlow
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(script, *args):
@@ -110,13 +103,6 @@ def test_measure(tmp_path):
     for kind, maps in (("scale=False", 16), ("independent", 16), ("default", 8)):
         assert sum(row[kind] for row in passes) == maps
     assert all(1 <= row["passes"] <= 8 for row in passes)
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """Imports one of the modules."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -285,171 +271,3 @@ def test_bits_per_dimension_by_hand(example, margin):
     bits = images.bits_per_dimension(Independent(logistic, 3), data.test, brightness)
     assert bits.shape == (20,)
     assert torch.allclose(bits, torch.tensor(math.log2(17 / (1 - 2 * margin))), atol=1e-4)
-
-
-def write_mnist(folder, suffix):
-    sizes = {"train": 10_007, "t10k": 5}
-    arrays = {}
-    for name, n in sizes.items():
-        arrays[name] = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        raw = bytes([0, 0, 8, 3]) + np.array([n, 28, 28], ">u4").tobytes() + arrays[name].tobytes()
-        path = folder / f"{name}-images-idx3-ubyte{suffix}"
-        path.write_bytes(gzip.compress(raw, 1) if suffix else raw)
-    return arrays
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_mnist(example, tmp_path, suffix):
-    arrays = write_mnist(tmp_path, suffix)
-    train, validation, test = example("files").mnist(tmp_path)
-    assert np.array_equal(np.concatenate((train, validation))[:, 0], arrays["train"])
-    assert np.array_equal(test[:, 0], arrays["t10k"])
-    assert len(validation) == 10_000
-
-    (tmp_path / f"t10k-images-idx3-ubyte{suffix}").unlink()
-    with pytest.raises(FileNotFoundError, match=r"'t10k-images-idx3-ubyte' or .*'--data-root'"):
-        example("files").mnist(tmp_path)
-
-
-def test_mnist_as_arrays(example, tmp_path):
-    arrays = np.random.default_rng(0).integers(0, 256, (10_012, 28, 28), dtype=np.uint8)
-    np.savez(tmp_path / "mnist.npz", train_x=arrays[:-5], test_x=arrays[-5:])
-    train, validation, test = example("files").mnist(tmp_path)
-    assert np.array_equal(np.concatenate((train, validation, test))[:, 0], arrays)
-    assert (len(validation), len(test)) == (10_000, 5)
-
-
-@pytest.mark.parametrize(
-    "raw", [b"", b"\0\0\x08\x03", b"\0\0\x08\x01\0\0\0\3ab", b"\0\0\x0d\1\0\0\0\0"]
-)
-def test_a_damaged_idx_file(example, tmp_path, raw):
-    path = tmp_path / "idx"
-    path.write_bytes(raw)
-    with pytest.raises(ValueError, match=r"idx' should be an idx file"):
-        example("files").read_idx(path)
-
-
-class Python2Pickler(pickle._Pickler):
-    """Writes strings as Python 2 does, with which the batches of CIFAR-10 were written."""
-
-    def save_string(self, value):
-        value = value.encode() if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
-
-    dispatch = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
-
-
-def test_cifar10(example, tmp_path):
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 256, (4, 3072), dtype=np.uint8) for _ in names]
-    for name, array in zip(names, arrays, strict=True):
-        with (folder / name).open("wb") as file:
-            Python2Pickler(file, protocol=2).dump({"data": array, "labels": [1] * 4})
-    train, validation, test = example("files").cifar10(tmp_path)
-    assert np.array_equal(
-        np.concatenate((train, validation)).reshape(20, -1), np.vstack(arrays[:5])
-    )
-    assert train.shape == (18, 3, 32, 32)
-    assert np.array_equal(test.reshape(4, -1), arrays[5])
-
-
-def test_a_batch_cannot_run_anything(example, tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "attacked"),)
-
-    path = tmp_path / "test_batch"
-    path.write_bytes(pickle.dumps({b"data": Attack()}))
-    with pytest.raises(pickle.UnpicklingError, match=r"should not call '(posix|nt)\.mkdir'"):
-        example("files").read_batch(path)
-    assert not (tmp_path / "attacked").exists()
-
-
-SCHOOLS = "eight_schools-eight_schools_noncentered"
-
-
-def write_posterior(root, *, zipped):
-    """Writes data and made-up draws of the eight schools, in either format that is read."""
-    effects = {"J": 8, "y": [28, 8, -3, 7, -1, 1, 18, 12], "sigma": [15, 10, 16, 11, 9, 11, 10, 18]}
-    names = [*(f"theta[{i}]" for i in range(1, 9)), "mu", "tau"]
-    draws = np.abs(np.random.default_rng(0).normal(size=(2, 50, len(names))))
-    if not zipped:
-        (root / "eight_schools.json").write_text(json.dumps(effects))
-        np.savez(root / f"{SCHOOLS}.npz", names=names, draws=draws)
-        return
-    chains = [dict(zip(names, chain.T.tolist(), strict=True)) for chain in draws]
-    database = root / "posterior_database"
-    for path, content in (
-        (database / "data" / "data" / "eight_schools.json.zip", effects),
-        (database / "reference_posteriors" / "draws" / "draws" / f"{SCHOOLS}.json.zip", chains),
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(path.stem, json.dumps(content))
-
-
-def test_posteriordb(tmp_path):
-    write_posterior(tmp_path, zipped=False)
-    options = ("--out", tmp_path / "out", "--data-root", tmp_path, "--only", SCHOOLS)
-    budget = ("--seeds", "2", "--steps", "2", "--seconds", "0.05", "--draws", "200", "--nuts", "4")
-    output = run("posteriordb.py", *options, *budget)
-    for guide in ("AutoLDU", "AutoIAFNormal", "AutoMultivariateNormal", "AutoDiagonalNormal"):
-        cells = [line.split("|") for line in output.splitlines() if f"| {guide} " in line]
-        elbos = [c[3] for c in cells if "eight schools" in c[1]]
-        assert len(elbos) == 2  # for equal steps, and for equal time
-        assert all(re.fullmatch(r" -[\d.]+ ± [\d.]+ *", elbo) for elbo in elbos)
-    assert "NeuTra, AutoLDU" in output
-    assert (tmp_path / "out" / "posteriordb.png").exists()
-    assert len([*(tmp_path / "out" / "fits").glob("*.json")]) == 2 * 2 * 4 + 1
-    again = run("posteriordb.py", *options, *budget)  # from the files
-    assert [row for row in again.splitlines() if row.startswith("| eight")] == [
-        row for row in output.splitlines() if row.startswith("| eight")
-    ]
-
-
-def test_a_posterior_is_read_from_either_format(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    posteriors = importlib.import_module("posteriors")
-    found = []
-    for zipped in (False, True):
-        folder = tmp_path / str(zipped)
-        folder.mkdir()
-        write_posterior(folder, zipped=zipped)
-        found.append(posteriors.read(folder, SCHOOLS))
-    plain, database = found
-    assert plain.draws["theta"].shape == (100, 8)
-    assert plain.draws["mu"].shape == (100,)
-    assert {k: v.shape for k, v in plain.draws.items()} == {
-        k: v.shape for k, v in database.draws.items()
-    }
-    assert all(torch.equal(plain.draws[k], database.draws[k]) for k in plain.draws)
-
-
-def test_lotka_volterra_is_solved(monkeypatch):
-    """The quantity that the equations conserve, and the solver of half the step."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    posteriors = importlib.import_module("posteriors")
-    theta = torch.tensor([[0.55, 0.028, 0.8, 0.024], [0.6, 0.03, 0.7, 0.02]], dtype=torch.float64)
-    start = torch.tensor([[34.0, 6.0], [30.0, 8.0]], dtype=torch.float64).log()
-    times = torch.arange(1.0, 21.0)
-    states = posteriors.solve_lotka_volterra(theta, start, times)
-    assert states.shape == (2, 20, 2)
-    a, b, c, d = theta.unsqueeze(1).unbind(-1)
-    u, v = states.unbind(-1)
-    conserved = d * u.exp() - c * u + b * v.exp() - a * v
-    assert float((conserved - conserved[:, :1]).abs().max()) < 1e-3
-    finer = posteriors.solve_lotka_volterra(theta, start, times, steps=8)
-    assert float((states - finer).abs().max()) < 1e-3
-
-
-def test_a_fit_that_failed_has_a_row_of_the_table(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    posteriordb = importlib.import_module("posteriordb")
-    pairs = {key: [0.1, 0.1] for key in ("means", "log stds")}
-    fit = {"elbo": -1.0, "error": 0.1, "k": 0.3, "effective per second": 9.0, **pairs}
-    cells = posteriordb.cells([fit, {"failed": "NaN"}])
-    assert cells[0] == "1 of 2 failed"
-    assert len(cells) == len(posteriordb.cells([fit, fit]))

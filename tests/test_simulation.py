@@ -1,25 +1,18 @@
 """The recipe for simulation-based inference: its simulators, its test of samples, its table."""
 
-import importlib
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from test_examples import EXAMPLES, rows, run
+from test_examples import rows, run
 from torch.distributions import MultivariateNormal
 
 from pyro_sinflow import SinusoidalFlow
 
 TINY = ("--steps", "3", "--simulations", "100", "--batch", "50", "--tests", "10")
 FLOWS = ("Sinusoidal, default", "Sinusoidal, independent", "NSF")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
 
 
 @pytest.mark.parametrize("client", ["lampe", "sbi"])
@@ -44,8 +37,8 @@ def results(folder):
     return {path: json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")}
 
 
-def test_table(tmp_path, load):
-    tasks = load("simulators").TASKS
+def test_table(tmp_path, example):
+    tasks = example("simulators").TASKS
     write_reference(tmp_path, tasks["two moons"], "two_moons", 1)
     out = tmp_path / "out"
     options = ("--out", out, "--tasks", "two moons", *TINY)
@@ -79,8 +72,8 @@ def test_table(tmp_path, load):
     }
 
 
-def test_arguments(tmp_path, load, capsys):
-    parse = load("simulation").parse
+def test_arguments(tmp_path, example, capsys):
+    parse = example("simulation").parse
     for option, value, expected in (
         ("--seeds", "0", "at least 1, got 0"),
         ("--simulations", "5", "at least 20, got 5"),
@@ -91,15 +84,15 @@ def test_arguments(tmp_path, load, capsys):
             parse(["--out", str(tmp_path), option, value])
         assert expected in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match=r"'sbibm\.npz' in .*'--data-root'"):
-        load("simulation").main(["--out", str(tmp_path), "--data-root", str(tmp_path)])
+        example("simulation").main(["--out", str(tmp_path), "--data-root", str(tmp_path)])
     with pytest.raises(SystemExit):
         parse(["--help"])
     assert "github.com/sbi-benchmark/sbibm" in capsys.readouterr().out
 
 
-def test_two_moons_is_that_of_sbibm(load):
+def test_two_moons_is_that_of_sbibm(example):
     """Parameters rotated by 45 degrees move a half circle, to the left whatever their sign."""
-    tasks = load("simulators").TASKS
+    tasks = example("simulators").TASKS
     assert tasks["two moons"].bound == 1
     theta, x = tasks["two moons"].draw(20_000)
     assert theta.shape == x.shape == (20_000, 2)
@@ -116,9 +109,9 @@ def test_two_moons_is_that_of_sbibm(load):
     assert angle.mean().item() == pytest.approx(0, abs=0.03)
 
 
-def test_slcp_is_that_of_sbibm(load):
+def test_slcp_is_that_of_sbibm(example):
     """Four draws from a normal distribution, whose deviations are squares of parameters."""
-    task = load("simulators").TASKS["SLCP"]
+    task = example("simulators").TASKS["SLCP"]
     assert (task.parameters, task.bound) == (5, 3)
     m1, m2, a, b, r = 0.7, -2.9, -1.5, 1.2, 0.6
     x = task.simulate(torch.tensor([m1, m2, a, b, r]).expand(50_000, 5))
@@ -134,8 +127,8 @@ def test_slcp_is_that_of_sbibm(load):
     torch.testing.assert_close(z.T.cov(), torch.eye(8), atol=0.03, rtol=0)
 
 
-def test_c2st(load):
-    c2st = load("simulators").c2st
+def test_c2st(example):
+    c2st = example("simulators").c2st
     torch.manual_seed(0)
     units = torch.tensor([1.0, 1e-4])  # which should not matter, because it standardises
     x, y = torch.randn(2, 100, 2)
@@ -143,8 +136,8 @@ def test_c2st(load):
     assert c2st(x * units, (y + torch.tensor([0.0, 6.0])) * units) > 0.97
 
 
-def test_files_hold_the_options(tmp_path, load):
-    simulation = load("simulation")
+def test_files_hold_the_options(tmp_path, example):
+    simulation = example("simulation")
     cell = simulation.Cell("zuko", "SLCP", 1000, "NSF", 0)
     names = set()
     for options in ("", "--data-root .", "--data-root . --draws 50", "--space box", "--lr 2e-3"):
@@ -156,8 +149,8 @@ def test_files_hold_the_options(tmp_path, load):
 
 
 @pytest.mark.parametrize("real", [False, True])
-def test_units(load, real):
-    estimators = load("estimators")
+def test_units(example, real):
+    estimators = example("estimators")
     theta = (6 * torch.rand(50_000, 2) - 3).double()
     x = torch.zeros(50_000, 1)
     units = estimators.Units(3.0, real, torch.zeros(1), torch.ones(1))
@@ -171,8 +164,8 @@ def test_units(load, real):
     assert units.log_scale(one).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_rejection(load):
-    estimators = load("estimators")
+def test_rejection(example):
+    estimators = example("estimators")
     units = estimators.Units(1.0, False, torch.zeros(3), torch.ones(3))
     x = torch.zeros(3)
     posterior = estimators.Posterior(
@@ -190,9 +183,9 @@ def test_rejection(load):
         outside.accepted(20, x, rounds=3)
 
 
-def test_training_stops_early(load):
+def test_training_stops_early(example):
     """Noise is all that there is to learn: the fit stops, with the weights that validated best."""
-    estimators = load("estimators")
+    estimators = example("estimators")
     torch.manual_seed(0)
     theta, x = torch.randn(100, 2), torch.randn(100, 2)
     flow = SinusoidalFlow(2, 2)

@@ -1,7 +1,6 @@
 """Table 3: the archive of Papamakarios et al. (2017), in small files of the same formats."""
 
 import hashlib
-import importlib
 import io
 import json
 import tarfile
@@ -12,19 +11,17 @@ from statistics import mean
 
 import numpy as np
 import pytest
-from test_examples import EXAMPLES, rows, run
+from test_examples import rows, run
 
 
 @pytest.fixture
-def tabular(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("tabular")
+def tabular(example):
+    return example("tabular")
 
 
 @pytest.fixture
-def archives(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("archive")
+def archives(example):
+    return example("archive")
 
 
 def pack(folder, **files):
