@@ -1,9 +1,9 @@
 """Figures 2, 3 and 4 of the paper (Wei, 2021).
 
-Figure 2 is one sinusoid: a staircase along the diagonal. Figure 3 fits sinusoids alone to a mixture
-of seven normal distributions, beside affine maps. Figure 4 fits flows to eight densities in the
-plane. Tables are printed; figures.json and the pictures are written to a folder. A run that was
-interrupted goes on from there, if it is started again with the same options.
+Figure 2 is one sinusoid. Figure 3 fits sinusoids alone to a mixture of seven normal distributions,
+beside affine maps. Figure 4 fits flows to eight densities in the plane. Tables are printed;
+figures.json and the pictures are written to a folder. A run that was interrupted goes on from
+there, if it is started again with the same options.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def staircase(args: argparse.Namespace) -> Results:
     for ax in axes:
         ax.set_xlabel("x")
         ax.legend(loc="upper left")
-    fig.suptitle("A sinusoid is a staircase: it rises everywhere, now steeply, now hardly at all")
+    fig.suptitle("A sinusoid and its slope, which is positive everywhere")
     fig.savefig(args.out / "staircase.png", dpi=100)
     plt.close(fig)
     return {"least slope": float(slope.min()), "greatest slope": float(slope.max())}
@@ -110,7 +110,7 @@ def mixture(args: argparse.Namespace) -> Results:
         column[1].set(xlabel="x", ylabel="image under the map", ylim=(-4, 4))
         for ax in column:
             ax.legend(loc="upper left")
-    fig.suptitle("Seven modes: between them the true map is flat, which affine maps cannot be")
+    fig.suptitle("Seven modes. Between them the true map is flat; an affine map has one slope")
     fig.savefig(args.out / "mixture.png", dpi=100)
     plt.close(fig)
     print_table(
