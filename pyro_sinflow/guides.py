@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +66,9 @@ class AutoLDU(AutoContinuous):
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range.
 
+    Warns:
+        UserWarning: In the first call, if a latent variable is in a plate that is subsampled.
+
     Example:
         >>> def model():
         ...     scale = pyro.sample("scale", pyro.distributions.LogNormal(0.0, 1.0))
@@ -108,6 +112,7 @@ class AutoLDU(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
+        self._check_plates()
         loc = at_least_float32(self._init_loc())
         blocks = [ConditionalLDU(len(loc), **self._options) for _ in range(self._blocks)]
         for block in blocks:
@@ -121,6 +126,19 @@ class AutoLDU(AutoContinuous):
         affine[0] = loc / _FASTER
         affine[1] = math.log(self._init_scale) / _FASTER
         self.affine = nn.Parameter(affine)
+
+    def _check_plates(self) -> None:
+        """Warns of latent variables in a plate that is subsampled."""
+        for site, frames in self._cond_indep_stacks.items():
+            for frame in frames:
+                if frame.full_size not in (None, frame.size):
+                    warnings.warn(
+                        f"Latent variable '{site}' is in plate '{frame.name}', which subsamples "
+                        f"{frame.size} of {frame.full_size} elements. AutoLDU has {frame.size} "
+                        "variables for it, whichever elements are drawn. Use the whole plate, or "
+                        "Pyro's 'AutoNormal' for this variable, in an 'AutoGuideList'.",
+                        stacklevel=2,
+                    )
 
     def _check_store(self) -> None:
         """Requires that the parameters in Pyro's store have the shapes of this guide."""

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 from functools import partial
 
 import pyro
@@ -141,11 +142,14 @@ def test_subsampling_behaves_as_with_pyros_guides():
     outcomes = []
     for make in (AutoDiagonalNormal, Small):
         guide = make(model)
-        shape = guide(torch.randn(4))["z"].shape
+        with warnings.catch_warnings(record=True) as warned:
+            shape = guide(torch.randn(4))["z"].shape
         with pytest.raises(Exception, match=r".+") as error:
             Trace_ELBO().loss(model, guide, torch.randn(3))
         outcomes.append((shape, type(error.value), str(error.value)))
     assert outcomes[0] == outcomes[1]
+    (warning,) = warned  # which Pyro's do not give
+    assert "'z' is in plate 'n', which subsamples 4 of 10 elements" in str(warning.message)
 
 
 def test_discrete_and_missing_latents_fail_as_with_pyros_guides():
