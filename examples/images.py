@@ -8,6 +8,7 @@ again with the same options.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -111,23 +112,37 @@ def sheet(images: Tensor, columns: int = 10, border: float = 0.5) -> Tensor:
     return torch.cat(rows, dim=1).movedim(0, 2)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Fits the flows, prints the table and draws the samples."""
-    parser = arguments(__doc__, "folder for picture, results and checkpoints")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what is fitted, and for how long."""
     parser.add_argument(
         "--data", choices=PRESETS, default="digits", help="data set (default: %(default)s)"
     )
     parser.add_argument("--data-root", type=Path, help="folder with its original files")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of each flow (default: the preset's)")
+    parser.add_argument("--steps", type=int, help="steps of each fit (default: the preset's)")
+    parser.add_argument("--batch", type=int, help="images of a step (default: the preset's)")
     parser.add_argument("--blocks", type=int, help="blocks of each flow (default: the preset's)")
+
+
+def preset_of(args: argparse.Namespace) -> Preset:
+    """Returns the preset of a data set, with the options that were given."""
+    preset = PRESETS[args.data]
+    given = {name: getattr(args, name) for name in ("steps", "batch") if getattr(args, name)}
+    return preset._replace(
+        budget=replace(preset.budget, **given), blocks=args.blocks or preset.blocks
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fits the flows, prints the table and draws the samples."""
+    parser = arguments(__doc__, "folder for picture, results and checkpoints")
+    add_options(parser)
     args = parser.parse_args(argv)
 
-    preset = PRESETS[args.data]
-    budget = replace(preset.budget, steps=args.steps or preset.budget.steps)
+    preset = preset_of(args)
     parts = preset.read(args.data_root)
     data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
-    blocks: dict[str, Any] = {"transforms": args.blocks or preset.blocks}
+    blocks: dict[str, Any] = {"transforms": preset.blocks}
     shape = data.train.shape[1:]
     flows: dict[str, Callable[[], Flow]] = {
         "PixelCNN": lambda: SinusoidalFlow(shape, scale=False, **CNN, **blocks),
@@ -143,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, make in flows.items():
         torch.manual_seed(args.seed)
         file = args.out / f"{args.data}, {name}, seed {args.seed}.pt"
-        flow = fit(f"{args.data}, {name}", make(), data, budget, file)
+        flow = fit(f"{args.data}, {name}", make(), data, preset.budget, file)
         with torch.no_grad(), record_inversions() as inversions:
             panels[name] = flow().sample((100,))
         passes = [i.iterations for i in inversions if i.problem == "triangular"]

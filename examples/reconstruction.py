@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from images import CNN, PRESETS, prepare, sheet
+from images import CNN, add_options, prepare, preset_of, sheet
 from torch import Tensor
 from training import arguments, fit, print_table, seconds
 
@@ -67,25 +66,19 @@ def faces(rows: dict[str, Tensor], path: Path, columns: int = 20) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits the flow, and inverts it in many ways."""
     parser = arguments(__doc__)
-    parser.add_argument(
-        "--data", choices=PRESETS, default="digits", help="data set (default: %(default)s)"
-    )
-    parser.add_argument("--data-root", type=Path, help="folder with its original files")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of the fit (default: the preset's)")
+    add_options(parser)
     parser.add_argument("--images", type=int, default=100, help="number (default: %(default)s)")
     args = parser.parse_args(argv)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    preset = PRESETS[args.data]
-    budget = replace(preset.budget, steps=args.steps or preset.budget.steps)
+    preset = preset_of(args)
     parts = preset.read(args.data_root)
     data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
     shape = data.train.shape[1:]
     make = partial(SinusoidalFlow, shape, transforms=preset.blocks, scale=False, **CNN)
     torch.manual_seed(args.seed)
     checkpoint = args.out / f"{args.data}, PixelCNN, seed {args.seed}.pt"
-    fitted = fit(f"{args.data}, PixelCNN", make(), data, budget, checkpoint)
+    fitted = fit(f"{args.data}, PixelCNN", make(), data, preset.budget, checkpoint)
     x, noise = data.test[: args.images], torch.randn(args.images, *shape)
 
     def inverse(method: str, z: Tensor, **options: Any) -> Callable[[], Tensor]:
