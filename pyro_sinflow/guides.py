@@ -129,11 +129,11 @@ class AutoLDU(AutoContinuous):
 
     def _check_plates(self) -> None:
         """Warns of latent variables in a plate that is subsampled."""
-        for site, frames in self._cond_indep_stacks.items():
-            for frame in frames:
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            for frame in site["cond_indep_stack"]:
                 if frame.full_size not in (None, frame.size):
                     warnings.warn(
-                        f"Latent variable '{site}' is in plate '{frame.name}', which subsamples "
+                        f"Latent variable '{name}' is in plate '{frame.name}', which subsamples "
                         f"{frame.size} of {frame.full_size} elements. AutoLDU has {frame.size} "
                         "variables for it, whichever elements are drawn. Use the whole plate, or "
                         "Pyro's 'AutoNormal' for this variable, in an 'AutoGuideList'.",

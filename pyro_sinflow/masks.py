@@ -67,10 +67,11 @@ def longest_paths(parents: Tensor) -> Tensor:
     """
     n = len(parents)
     rank = torch.full((n,), n, device=parents.device)
-    known, step = torch.zeros_like(parents[0]), 0
-    while bool((ready := ~known & ~(parents & ~known).any(dim=1)).any()):
+    missing, step = parents.sum(dim=1), 0
+    while len(ready := (missing == 0).nonzero().squeeze(1)):
         rank[ready] = step
-        known, step = known | ready, step + 1
+        missing -= parents[:, ready].sum(dim=1)
+        missing[ready], step = -1, step + 1
     return rank
 
 

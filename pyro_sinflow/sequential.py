@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from ._torch import ELEMENT_WISE, is_dropout, plain_modules, versions
+from .masks import longest_paths
 from .networks import MaskedNetwork
 
 _SIZE = 16  # features in a block; a block has more if a single stage has more
@@ -101,8 +102,11 @@ class Stages:
         self.factors = [layer.mask.to(layer.weight.dtype) for layer in self.linears]
         if self.linears[0].in_features < features:
             raise NotImplementedError(f"The network has fewer inputs than {features} features.")
-        self.stages, level = self._order(self._dependence())
-        self._sort(level)
+        rank = longest_paths(self._dependence())
+        if (rank == features).any():
+            raise NotImplementedError("The network is not triangular.")
+        self.stages = [(rank == i).nonzero().squeeze(1) for i in range(-1, int(rank.max()) + 1)]
+        self._sort(rank + 1)
         self.blocks, total = [range(1)], size
         for i in range(1, len(self.stages)):
             if total + len(self.stages[i]) > size:
@@ -125,20 +129,6 @@ class Stages:
                 else:
                     seen = (seen + skips.pop()).sign()
         return seen.unflatten(0, (n, -1)).any(dim=1)
-
-    def _order(self, needs: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Returns the features of each stage, and the stage of each feature."""
-        level = torch.zeros(self.features, dtype=torch.long, device=needs.device)
-        missing = needs.sum(dim=1)
-        stages = [level[:0]]
-        while len(ready := (missing == 0).nonzero().squeeze(1)):
-            level[ready] = len(stages)
-            stages.append(ready)
-            missing -= needs[:, ready].sum(dim=1)
-            missing[ready] = -1
-        if not level.all():
-            raise NotImplementedError("The network is not triangular.")
-        return stages, level
 
     def _sort(self, level: Tensor) -> None:
         """Sorts inputs and outputs of each layer by the stage in which they are computed."""
