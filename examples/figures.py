@@ -178,7 +178,8 @@ def planes(args: argparse.Namespace) -> Results:
             density.pcolormesh(axis, axis, values.T, vmin=0, vmax=histogram.max())
             samples.scatter(x, y, s=0.5, lw=0, color="k")
             samples.set(xlim=(-edge, edge), ylim=(-edge, edge))
-    labels = ["truth", *(f"{kind}\n{what}" for kind in PLANES for what in ("density", "samples"))]
+    kinds = [kind.replace(" LDU", "\nLDU") for kind in PLANES]
+    labels = ["truth", *(f"{kind}\n{what}" for kind in kinds for what in ("density", "samples"))]
     for label, row in zip(labels, axes, strict=True):
         row[0].set_ylabel(label)
         for ax in row:

@@ -1,6 +1,9 @@
 """Benchmarks run, at small sizes where they measure times, and counts are within their aims."""
 
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,27 @@ def test_gpu(tmp_path, data, capsys, monkeypatch):
         assert sum(what.startswith(start) for what in table) == count
     for measured, _ in table.values():
         assert measured == "needs a GPU" or float(measured) > 0
+
+
+def test_speed():
+    """Those benchmarks that need no training, and all flows of the others."""
+    script = BENCHMARKS / "bench_speed.py"
+    chosen = (
+        "-k",
+        "floor or eager or four_sinusoids",
+        "--benchmark-disable",
+        "-p",
+        "no:cacheprovider",
+    )
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", script, "-o", "python_files=bench_*.py", "-q", *chosen],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert re.search(r"^6 passed", process.stdout, re.MULTILINE), process.stdout
+    for make in runpy.run_path(str(script))["FLOWS"].values():
+        make()
 
 
 def test_counts_of_calls_are_within_their_aims():

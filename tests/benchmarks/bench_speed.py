@@ -29,8 +29,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 from data import Data, patches  # noqa: E402
 from training import Budget, fit  # noqa: E402
 
-D, BLOCKS, SINUSOIDS, K = 63, 12, 4, 4
+D, TRANSFORMS, SINUSOIDS, K = 63, 12, 4, 4
 NETWORK = {"hidden_features": (256, 256)}
+BLOCKS = {"conditioner": "independent", "linear": False, "tails": False, **NETWORK}
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -89,14 +90,11 @@ def paper_flow():
     torch.manual_seed(0)
     flow = SinusoidalFlow(
         D,
-        transforms=BLOCKS,
+        transforms=TRANSFORMS,
         sinusoids=SINUSOIDS,
         components=K,
-        conditioner="independent",
-        linear=False,
-        tails=False,
         scale=False,
-        **NETWORK,
+        **BLOCKS,
     )
     with torch.no_grad():
         for p in flow.parameters():
@@ -111,7 +109,7 @@ class TestTrainingStep:
     def floor(self, paper_flow):
         widths = [D, *NETWORK["hidden_features"]]
         mlps = []
-        for _ in range(2 * BLOCKS):
+        for _ in range(2 * TRANSFORMS):
             layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in pairwise(widths)]
             mlps.append(nn.Sequential(*chain(*layers), nn.Linear(widths[-1], D)).to(DEVICE))
 
@@ -168,10 +166,9 @@ def test_four_sinusoids(benchmark, which, n):
     )
 
 
-BLOCKS = {"conditioner": "independent", "linear": False, "tails": False, **NETWORK}
 FLOWS = {
-    "shift": lambda: SinusoidalFlow(D, transforms=12, scale=False, **BLOCKS),
-    "scale": lambda: SinusoidalFlow(D, transforms=12, **BLOCKS),
+    "shift": lambda: SinusoidalFlow(D, transforms=TRANSFORMS, scale=False, **BLOCKS),
+    "scale": lambda: SinusoidalFlow(D, transforms=TRANSFORMS, **BLOCKS),
     "default": lambda: SinusoidalFlow(D, transforms=5, **NETWORK),
     "MAF": lambda: zuko.flows.MAF(D, transforms=10, **NETWORK),
     "NSF": lambda: zuko.flows.NSF(D, transforms=5, **NETWORK),
