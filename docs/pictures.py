@@ -94,12 +94,12 @@ def passes() -> None:
         worst = []
         for features in sizes:
             flow = make(features)
-            optimiser = torch.optim.Adam(flow.parameters(), lr=2e-3)
+            optimizer = torch.optim.Adam(flow.parameters(), lr=2e-3)
             for _ in range(200):
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss = -flow().log_prob(walks(128, features)).mean()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
             with torch.no_grad(), record_inversions() as inversions:
                 flow().sample((10,))
             worst.append(max(i.iterations for i in inversions if i.problem == "triangular"))
@@ -118,19 +118,19 @@ def directions() -> None:
         "prior or density: LDU(D).inv, SinusoidalFlow(D)": ("a few passes", "one pass", "C1"),
     }
     _, axes = plt.subplots(2, 1, figsize=(5, 3.4))
-    for ax, (title, (sampling, scoring, colour)) in zip(axes, rows.items(), strict=True):
+    for ax, (title, (sampling, scoring, color)) in zip(axes, rows.items(), strict=True):
         ax.set(title=title, xlim=(0, 10), ylim=(0, 3))
         ax.axis("off")
         for x, text in ((1, "noise"), (9, "sample")):
             box = {"boxstyle": "round", "facecolor": "0.95"}
             ax.text(x, 1.5, text, ha="center", va="center", bbox=box)
-        _arrow(ax, 2, 8, 2.1, f"to sample: {sampling}", colour)
-        _arrow(ax, 8, 2, 0.9, f"to score: {scoring}", colour)
+        _arrow(ax, 2, 8, 2.1, f"to sample: {sampling}", color)
+        _arrow(ax, 8, 2, 0.9, f"to score: {scoring}", color)
 
 
-def _arrow(ax: Axes, start: float, end: float, height: float, text: str, colour: str) -> None:
+def _arrow(ax: Axes, start: float, end: float, height: float, text: str, color: str) -> None:
     explicit = "one pass" in text
-    style = {"arrowstyle": "-|>", "color": colour, "linewidth": 3 if explicit else 1}
+    style = {"arrowstyle": "-|>", "color": color, "linewidth": 3 if explicit else 1}
     style["linestyle"] = "-" if explicit else "--"
     ax.annotate("", (end, height), (start, height), arrowprops=style)
     ax.text(5, height + 0.15, text, ha="center", va="bottom")

@@ -102,7 +102,7 @@ def split(rows: np.ndarray) -> Parts:
     return [*np.split(rest, [len(rest) - len(rest) // 10]), test]
 
 
-def normalise(parts: Parts, reference: np.ndarray) -> Parts:
+def normalize(parts: Parts, reference: np.ndarray) -> Parts:
     """Brings each column of the reference to mean 0 and standard deviation 1."""
     mean, std = reference.mean(axis=0), reference.std(axis=0)
     return [(part - mean) / std for part in parts]
@@ -120,7 +120,7 @@ def power(archive: Archive) -> Parts:
     voltage, active = 0.01 * rng.rand(len(rows), 1), 0.001 * rng.rand(len(rows), 1)
     meters, clock = rng.rand(len(rows), 3), np.zeros((len(rows), 1))
     parts = split(rows + np.hstack((active, voltage, meters, clock)))
-    return normalise(parts, np.vstack(parts[:2]))
+    return normalize(parts, np.vstack(parts[:2]))
 
 
 def gas(archive: Archive) -> Parts:
@@ -147,14 +147,14 @@ def hepmass(archive: Archive) -> Parts:
     )
     train, test = train[train[:, 0] == 1, 1:], test[test[:, 0] == 1, 1:-1]
     kept = [i for i, column in enumerate(train.T) if Counter(column)[column.min()] <= 5]
-    train, test = (normalise([part], train)[0][:, kept] for part in (train, test))
+    train, test = (normalize([part], train)[0][:, kept] for part in (train, test))
     return [*np.split(train, [len(train) - len(train) // 10]), test]
 
 
 def miniboone(archive: Archive) -> Parts:
     """Neutrinos: electron against muon, with outliers already removed."""
     parts = split(np.load(archive.read("miniboone/data.npy")))
-    return normalise(parts, np.vstack(parts[:2]))
+    return normalize(parts, np.vstack(parts[:2]))
 
 
 def bsds300(archive: Archive) -> Parts:

@@ -1,9 +1,9 @@
 """Flows side by side on real data: the same steps or the same time, several seeds.
 
 Each flow is fitted with every learning rate of a short list, and the one that validates best is
-kept; the other seeds are fitted with it. All flows get the same batches, optimiser and early
+kept; the other seeds are fitted with it. All flows get the same batches, optimizer and early
 stopping. Printed are, for each data set, the mean test NLL over seeds with its standard error, in
-nats of standardised features, and the costs of a step and of samples, in steps of MAF.
+nats of standardized features, and the costs of a step and of samples, in steps of MAF.
 
 The tables of the UCI repository and BSDS300 are read from the folder '--data-root'. Fits are
 written to a folder, and read from there if the command is given again.
@@ -46,7 +46,7 @@ Results = dict[tuple[str, str], list[Fit]]  # of each data set and flow, for eac
 
 
 def flat_digits() -> Data:
-    """Returns digits of 8 by 8 pixels as rows, dequantised and mapped to the real line."""
+    """Returns digits of 8 by 8 pixels as rows, dequantized and mapped to the real line."""
     data, _ = prepare(digits(), levels=17, margin=0.05)
     return data._replace(**{name: getattr(data, name).flatten(1) for name in data._fields[:3]})
 

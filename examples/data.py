@@ -21,14 +21,14 @@ GREY = np.array([0.299, 0.587, 0.114])  # luma of ITU-R BT.601
 
 
 class Data(NamedTuple):
-    """Rows for training, validation and test, standardised by the statistics of the first.
+    """Rows for training, validation and test, standardized by the statistics of the first.
 
     Args:
         train: The rows to fit, with shape :math:`(N, D)`.
         validation: The rows that decide when to stop.
         test: The rows to report.
-        mean: The mean of each feature before it was standardised.
-        std: The standard deviation of each feature before it was standardised.
+        mean: The mean of each feature before it was standardized.
+        std: The standard deviation of each feature before it was standardized.
     """
 
     train: Tensor
@@ -38,7 +38,7 @@ class Data(NamedTuple):
     std: Tensor
 
     def restore(self, x: Tensor) -> Tensor:
-        """Returns standardised rows in their original units."""
+        """Returns standardized rows in their original units."""
         return x * self.std + self.mean
 
 
@@ -47,8 +47,8 @@ def split(rows: np.ndarray) -> list[np.ndarray]:
     return np.split(rows, [len(rows) * 3 // 5, len(rows) * 4 // 5])
 
 
-def standardise(train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Data:
-    """Makes standardised tensors of raw rows."""
+def standardize(train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Data:
+    """Makes standardized tensors of raw rows."""
     mean, std = train.mean(axis=0), train.std(axis=0)
     parts = ((part - mean) / std for part in (train, validation, test))
     return Data(*(torch.as_tensor(a, dtype=torch.float32) for a in (*parts, mean, std)))
@@ -65,7 +65,7 @@ def patches(seed: int = 0, size: int = 8, stride: int = 2, tile: int = 32) -> Da
     Args:
         seed: The seed of the split and of the noise.
         size: The height and width of a patch.
-        stride: The distance between neighbouring patches of a tile.
+        stride: The distance between neighboring patches of a tile.
         tile: The height and width of a tile.
     """
     rng = np.random.default_rng(seed)
@@ -80,7 +80,7 @@ def patches(seed: int = 0, size: int = 8, stride: int = 2, tile: int = 32) -> Da
         pixels = (pixels + rng.random(pixels.shape)) / 256
         return (pixels - pixels.mean(axis=1, keepdims=True))[:, :-1]
 
-    return standardise(*map(prepare, split(tiles)))
+    return standardize(*map(prepare, split(tiles)))
 
 
 def breast_cancer(seed: int = 0) -> Data:
@@ -90,7 +90,7 @@ def breast_cancer(seed: int = 0) -> Data:
         seed: The seed of the split.
     """
     rows = np.random.default_rng(seed).permutation(load_breast_cancer().data)
-    return standardise(*split(rows))
+    return standardize(*split(rows))
 
 
 def eight_gaussians(n: int, rng: np.random.RandomState) -> np.ndarray:
@@ -107,7 +107,7 @@ def two_spirals(n: int, rng: np.random.RandomState) -> np.ndarray:
 
 
 def checkerboard(n: int, rng: np.random.RandomState) -> np.ndarray:
-    """The squares of one colour of a board of 4 by 4."""
+    """The squares of one color of a board of 4 by 4."""
     column = rng.randint(4, size=n)
     row = 2 * rng.randint(2, size=n) + column % 2
     return np.stack((column, row), axis=1) - 2 + rng.rand(n, 2)
@@ -132,7 +132,7 @@ def pinwheel(n: int, rng: np.random.RandomState) -> np.ndarray:
 
 
 def rings(n: int, rng: np.random.RandomState) -> np.ndarray:
-    """Four noisy rings around one centre, with as many points on each."""
+    """Four noisy rings around one center, with as many points on each."""
     radius, angle = rng.randint(1, 5, size=n) / 4, 2 * np.pi * rng.rand(n)
     ring = np.stack((np.cos(angle), np.sin(angle)), axis=1) * radius[:, None]
     return ring + 0.08 / 3 * rng.randn(n, 2)
@@ -165,7 +165,7 @@ def toy(name: str, n: int = 100_000, seed: int = 0) -> Data:
         seed: The seed of the draws.
     """
     rng = np.random.RandomState(seed)
-    return standardise(*split(rng.permutation(TOYS[name](n, rng))))
+    return standardize(*split(rng.permutation(TOYS[name](n, rng))))
 
 
 def digits(seed: int = 0) -> list[np.ndarray]:

@@ -51,7 +51,7 @@ class Posterior(NamedTuple):
 
 
 def schools() -> None:
-    """The centred model.
+    """The centered model.
 
     Where tau is small all theta must be close to mu: the posterior is a funnel, which no normal
     distribution resembles.
@@ -217,7 +217,7 @@ def densities(steps: int, out: Path) -> Path:
         ([name, *fit.row()] for name, fit in fits.items()),
     )
     print(
-        "\nLog-likelihood in nats, of standardised features. The cost of 1,000 samples, in "
+        "\nLog-likelihood in nats, of standardized features. The cost of 1,000 samples, in "
         "evaluations\nof the density of as many rows."
     )
     path = out / "patches.png"

@@ -53,13 +53,13 @@ def train(flow: Flow, x: Tensor, args: argparse.Namespace) -> list[float]:
     """Fits the flow, from the last checkpoint if there is one, and returns the losses."""
     rank, world = dist.get_rank(), dist.get_world_size()
     loss = DistributedDataParallel(NegativeLogLikelihood(flow))
-    optimiser = torch.optim.Adam(flow.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     losses: list[float] = []
     checkpoint = args.out / "distributed.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         flow.load_state_dict(saved["flow"])
-        optimiser.load_state_dict(saved["optimiser"])
+        optimizer.load_state_dict(saved["optimizer"])
         losses = saved["losses"]
 
     with tqdm(total=args.steps, initial=len(losses), disable=rank > 0) as bar:
@@ -68,15 +68,15 @@ def train(flow: Flow, x: Tensor, args: argparse.Namespace) -> list[float]:
             if step == args.fail_at and first and rank == world - 1:
                 os.kill(os.getpid(), 9)
             share = batch(step, len(x), args.batch, args.seed)[rank::world]
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             value = loss(x[share])
             value.backward()
-            optimiser.step()
+            optimizer.step()
             dist.all_reduce(value := value.detach())
             losses.append(float(value) / world)
             bar.update()
             if rank == 0 and (step + 1) % args.every == 0:
-                saved = {"flow": flow.state_dict(), "optimiser": optimiser.state_dict()}
+                saved = {"flow": flow.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(saved | {"losses": losses}, partial := checkpoint.with_suffix(".part"))
                 partial.replace(checkpoint)  # in one step, so that a failure leaves no partial file
     return losses

@@ -33,7 +33,7 @@ class Budget:
     """How a flow is fitted.
 
     Args:
-        steps: The largest number of steps of the optimiser, Adam.
+        steps: The largest number of steps of the optimizer, Adam.
         epochs: The largest number of passes over the simulations.
         batch: The number of simulations in a step.
         lr: The learning rate at first. It falls to zero along a cosine.
@@ -158,16 +158,16 @@ def train(
     (theta, theta_v), (x, x_v) = (p.split([len(p) - held, held]) for p in pairs)
     per_epoch = math.ceil(len(x) / budget.batch)
     epochs = min(budget.epochs, math.ceil(budget.steps / per_epoch))
-    optimiser = torch.optim.Adam(module.parameters(), budget.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * per_epoch)
+    optimizer = torch.optim.Adam(module.parameters(), budget.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
     best, best_epoch, weights = -math.inf, 0, copy.deepcopy(module.state_dict())
     for epoch in range(1, epochs + 1):
         module.train()
         for rows in torch.randperm(len(x)).split(budget.batch):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (-score(theta[rows], x[rows]).mean()).backward()
             nn.utils.clip_grad_norm_(module.parameters(), budget.clip)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         module.eval()
         with torch.no_grad():

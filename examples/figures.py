@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.distributions as dist
 import zuko
-from data import TOYS, Data, standardise, toy
+from data import TOYS, Data, standardize, toy
 from torch import Tensor, nn
 from training import Budget, arguments, count, evaluate, fit, print_table
 from zuko.lazy import Flow
@@ -32,7 +32,7 @@ Flows = dict[str, Callable[[], Flow]]
 def train(
     name: str, make: Callable[[], Flow], data: Data, budget: Budget, args: argparse.Namespace
 ) -> Flow:
-    """Fits a flow to standardised rows; the result does not depend on what was fitted before."""
+    """Fits a flow to standardized rows; the result does not depend on what was fitted before."""
     torch.manual_seed(args.seed)
     return fit(name, make(), data, budget, args.out / f"{name}, seed {args.seed}.pt")
 
@@ -83,12 +83,12 @@ def mixture(args: argparse.Namespace) -> Results:
     modes = dist.Normal(torch.linspace(-3, 3, 7), torch.full((7,), 0.125))
     truth = dist.MixtureSameFamily(dist.Categorical(torch.ones(7)), modes)
     rows = truth.sample((100_000, 1)).numpy()
-    data = standardise(rows[:60_000], rows[60_000:80_000], rows[80_000:])
+    data = standardize(rows[:60_000], rows[60_000:80_000], rows[80_000:])
 
     x = torch.linspace(-4, 4, 2001)
     p = modes.cdf(x[:, None]).mean(dim=1)
     z = dist.Normal(0.0, 1.0).icdf(p.where((p > 1e-3) & (p < 1 - 1e-3), torch.nan))
-    unit = float(data.std.log())  # of log-likelihoods, from standardised rows to x
+    unit = float(data.std.log())  # of log-likelihoods, from standardized rows to x
     scores = truth.log_prob(data.restore(data.test)) + unit
     error = float(scores.std()) / len(scores) ** 0.5
     results = {"truth": {"score": float(scores.mean()), "error": error}}
@@ -174,7 +174,7 @@ def planes(args: argparse.Namespace) -> Results:
             with torch.no_grad():
                 values = flow().log_prob(grid).exp().reshape(200, 200)
                 x, y = flow().sample((3000,)).T
-            # The colours of the truth: one narrow peak would darken all else.
+            # The colors of the truth: one narrow peak would darken all else.
             density.pcolormesh(axis, axis, values.T, vmin=0, vmax=histogram.max())
             samples.scatter(x, y, s=0.5, lw=0, color="k")
             samples.set(xlim=(-edge, edge), ylim=(-edge, edge))

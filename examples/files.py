@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data import Data, split, standardise
+from data import Data, split, standardize
 
 SOURCES = """\
 Where the files come from:
@@ -134,7 +134,7 @@ def bsds300(root: Path | None, seed: int = 0) -> Data:
     for pixels in read_arrays(find(root, "bsds300.npz"), "train", "validation", "test"):
         grey = (pixels + rng.random(pixels.shape, np.float32)) / 256
         parts.append((grey - grey.mean(axis=1, keepdims=True))[:, :-1])
-    return standardise(*parts)
+    return standardize(*parts)
 
 
 UCI = ("power-plant", "protein", "elevators", "keggundirected", "parkinsons", "magic", "satimage")
@@ -145,7 +145,7 @@ def uci(name: str, root: Path | None, seed: int = 0) -> Data:
 
     A density of discrete values does not exist. Each column whose most frequent value fills more
     than half a percent of the rows gets uniform noise, as wide as the step between its values (the
-    median difference of neighbours) and at least a hundredth of its standard deviation. Constant
+    median difference of neighbors) and at least a hundredth of its standard deviation. Constant
     columns are dropped.
 
     Args:
@@ -161,4 +161,4 @@ def uci(name: str, root: Path | None, seed: int = 0) -> Data:
         if counts.max() > 0.005 * len(column):
             width = max(np.median(np.diff(values)), column.std() / 100)
             column += width * rng.random(len(column))
-    return standardise(*split(rng.permutation(rows)))
+    return standardize(*split(rng.permutation(rows)))

@@ -1,7 +1,7 @@
 """Trains a flow with the whole training step captured in a CUDA graph.
 
 Few rows leave a GPU waiting for Python, which launches kernels one by one. A graph launches all
-kernels of a step at once: log-density, gradient, clipping and optimiser. With
+kernels of a step at once: log-density, gradient, clipping and optimizer. With
 '--compile', torch.compile fuses log-density and gradient besides, and captures these two by itself;
 that takes minutes before the first step. At the end, captured and eager steps are timed by turns.
 Without a GPU the steps are eager ones.
@@ -57,7 +57,7 @@ def gain(eager: Callable[[], Tensor], step: Callable[[], Tensor], rounds: int = 
             start = time.perf_counter()
             float(function())  # whose value is there when the step is done
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # with the optimiser as well
+                torch.cuda.synchronize()  # with the optimizer as well
             taken.append(time.perf_counter() - start)
     return median(times[eager]) / median(times[step])
 

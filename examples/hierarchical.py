@@ -42,7 +42,7 @@ Draws = dict[str, Tensor]
 
 
 def read() -> tuple[Tensor, Tensor, Tensor]:
-    """Returns group, body mass index and progress of each patient, the last two standardised."""
+    """Returns group, body mass index and progress of each patient, the last two standardized."""
     rows, progress = load_diabetes(return_X_y=True)
     age, sex, bmi = rows[:, 0], rows[:, 1] > 0, rows[:, 2]
     fifth = np.searchsorted(np.quantile(age, [0.2, 0.4, 0.6, 0.8]), age)
@@ -57,11 +57,11 @@ def model(group: Tensor, bmi: Tensor, progress: Tensor) -> None:
     The spreads of intercepts and slopes may be small, and where one is, ten numbers must agree: a
     funnel.
     """
-    centre = pyro.sample("centre", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    center = pyro.sample("center", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     spread = pyro.sample("spread", dist.HalfNormal(torch.ones(2)).to_event(1))
     noise = pyro.sample("noise", dist.HalfNormal(1.0))
     with pyro.plate("groups", GROUPS, dim=-1):
-        line = pyro.sample("line", dist.Normal(centre, spread).to_event(1))
+        line = pyro.sample("line", dist.Normal(center, spread).to_event(1))
     with pyro.plate("patients", len(bmi), dim=-1):
         level, slope = line[..., group, :].unbind(-1)
         pyro.sample("progress", dist.Normal(level + slope * bmi, noise), obs=progress)
@@ -90,7 +90,7 @@ def fit_guide(
         weights, trace, _ = vectorized_importance_weights(
             model, guide, *data, num_samples=args.draws, max_plate_nesting=1, normalized=False
         )
-    draws = {site: trace.nodes[site]["value"] for site in ("centre", "spread", "noise", "line")}
+    draws = {site: trace.nodes[site]["value"] for site in ("center", "spread", "noise", "line")}
     return draws, (float(weights.mean()), float(weights.std()) / len(weights) ** 0.5)
 
 

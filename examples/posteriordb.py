@@ -1,12 +1,13 @@
 """Guides on nine posteriors of posteriordb, for equal steps and for equal processor time.
 
-Each guide is fitted by SVI from several seeds, with the same optimiser and learning rates. Printed
-are, for each posterior and guide, means over seeds of: the ELBO; the worst and the mean error of a
-mean, in standard deviations of the reference; those of the logarithm of a standard deviation; the
-Pareto k of importance sampling, which is reliable below 0.7, and its effective samples per second;
-and the time of a step over that of AutoIAFNormal. NUTS is run on two of the posteriors, with and
-without NeuTra. Every fit is written to a folder at once, and read from there if the command is
-given again; tables and a picture are made of them.
+Each guide is fitted by SVI from several seeds, with the same optimizer. It takes the learning rate,
+of a short list, that reaches the best ELBO from the first seed. Printed are, for each posterior and
+guide, means over seeds of: the ELBO; the worst and the mean error of a mean, in standard deviations
+of the reference; those of the logarithm of a standard deviation; the Pareto k of importance
+sampling, which is reliable below 0.7, and its effective samples per second; and the time of a step
+over that of AutoIAFNormal. NUTS is run on two of the posteriors, with and without NeuTra. Every fit
+is written to a folder at once, and read from there if the command is given again; tables and a
+picture are made of them.
 
 --data-root is a copy of stan-dev/posteriordb, or a folder of its data as JSON and draws as arrays.
 """
@@ -49,6 +50,7 @@ from pyro_sinflow import AutoLDU
 
 Model = Callable[[], None]
 Fit = dict[str, Any]
+Results = dict[tuple[str, str, str], list[Fit]]  # of posterior, guide and budget, for each seed
 GUIDES: dict[str, Callable[[Model], AutoContinuous]] = {
     "AutoLDU": AutoLDU,
     "AutoIAFNormal": partial(AutoIAFNormal, hidden_dim=[64, 64], num_transforms=2),
@@ -73,14 +75,14 @@ def fit(
         The number of steps, and the time that they took.
     """
     loss = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(model, guide, optimiser := ClippedAdam({"lr": lr}), loss)
+    svi = SVI(model, guide, optimizer := ClippedAdam({"lr": lr}), loss)
     start, step, share = time.process_time(), 0, 0.0
     while share < 1:
         svi.step()
         step += 1
         spent = time.process_time() - start
         share = step / steps if steps else spent / seconds
-        for inner in optimiser.optim_objs.values():
+        for inner in optimizer.optim_objs.values():
             inner.param_groups[0]["lr"] = lr * LAST**share
     return step, spent
 
@@ -123,8 +125,14 @@ def common_sites(posterior: Posterior, sites: Any) -> list[str]:
     return [site for site in posterior.draws if site in sites]
 
 
-def run_fit(name: str, guide: str, mode: str, seed: int, args: argparse.Namespace) -> None:
-    """Fits a guide, and writes what it reached."""
+def run_fit(
+    name: str, guide: str, mode: str, rate: float, seed: int, args: argparse.Namespace
+) -> Fit:
+    """Fits a guide, writes what it reached, and returns it; a fit that is there is read."""
+    stem = file_of(name, guide, mode, rate, seed, args)
+    path = stem.with_suffix(".json")
+    if path.exists():
+        return json.loads(path.read_text())
     torch.set_num_threads(1)
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -133,58 +141,89 @@ def run_fit(name: str, guide: str, mode: str, seed: int, args: argparse.Namespac
     q()
     budget = {mode: getattr(args, mode)}
     try:
-        steps, spent = fit(posterior.model, q, args.lr, **budget)
+        steps, spent = fit(posterior.model, q, rate, **budget)
         result, samples = score(posterior, q, args.draws)
     except ValueError as error:  # of a guide that has reached NaN
         result, samples = {"failed": str(error).partition("\n")[0]}, torch.empty(0)
     else:
         result |= {"steps": steps, "seconds": spent}
-    stem = file_of(name, guide, mode, seed, args)
+    result["rate"] = rate
     np.save(stem.with_suffix(".npy"), samples.float().numpy())
-    stem.with_suffix(".json").write_text(json.dumps(result))
+    path.write_text(json.dumps(result))
+    return result
 
 
-def file_of(name: str, guide: str, mode: str, seed: int, args: argparse.Namespace) -> Path:
+def file_of(
+    name: str, guide: str, mode: str, rate: float, seed: int, args: argparse.Namespace
+) -> Path:
     """Returns where the results of a fit are, without the suffix."""
-    options = f"{mode}{getattr(args, mode):g}_lr{args.lr:g}_draws{args.draws}"
+    options = f"{mode}{getattr(args, mode):g}_lr{rate:g}_draws{args.draws}"
     # Without points, after which a suffix would begin.
     return args.out / "fits" / f"{name}_{guide}_{options}_{seed}".replace(".", "-")
 
 
-def run_nuts(name: str, args: argparse.Namespace) -> None:
+def fit_all(args: argparse.Namespace) -> Results:
+    """Fits all guides to all posteriors, and returns the fits of the best rates for each seed."""
+    keys = [(n, g, m) for n in args.only for g in args.guides for m in ("steps", "seconds")]
+    results: Results = {}
+    with ProcessPoolExecutor(args.jobs) as pool:
+        first = {
+            key: [pool.submit(run_fit, *key, rate, 0, args) for rate in args.rates] for key in keys
+        }
+        for key, jobs in tqdm(first.items(), desc="learning rates"):
+            results[key] = [max((job.result() for job in jobs), key=elbo_of)]
+        others = [
+            (key, pool.submit(run_fit, *key, results[key][0]["rate"], seed, args))
+            for seed in range(1, args.seeds)
+            for key in keys
+        ]
+        for key, job in tqdm(others, desc="other seeds"):
+            results[key].append(job.result())
+    return results
+
+
+def elbo_of(fit: Fit) -> float:
+    """Returns the ELBO of a fit, minus infinity if it has failed or is NaN."""
+    elbo = fit.get("elbo", -math.inf)
+    return -math.inf if math.isnan(elbo) else elbo
+
+
+def run_nuts(name: str, results: Results, args: argparse.Namespace) -> None:
     """Draws from a posterior by NUTS, plain and in the noise of a fitted guide."""
     posterior = read(args.data_root, name)
     sites = list(posterior.draws)
     reference = flatten(posterior.draws, sites)
     std, mean = torch.std_mean(reference, dim=0)
-    results = {}
+    found = {}
     for method in ("NUTS", "NeuTra, AutoLDU", "NeuTra, AutoIAFNormal"):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         if method == "NUTS":
             draws, gradients = walk(posterior.model, args.nuts)
         else:
-            guide = GUIDES[method.removeprefix("NeuTra, ")](posterior.model)
+            kind = method.removeprefix("NeuTra, ")
+            guide = GUIDES[kind](posterior.model)
             guide()
-            fit(posterior.model, guide, args.lr, seconds=args.seconds)
+            rate = results[name, kind, "seconds"][0]["rate"]
+            fit(posterior.model, guide, rate, seconds=args.seconds)
             neutra = NeuTraReparam(guide.requires_grad_(False))
             model = poutine.reparam(posterior.model, config=lambda _, n=neutra: n)
             noise, gradients = walk(model, args.nuts)
             (latent,) = noise.values()
             draws = {k: v.detach() for k, v in neutra.transform_sample(latent).items()}
         rows = flatten(draws, sites)
-        results[method] = {
+        found[method] = {
             "effective": float(effective_sample_size(rows.unsqueeze(0)).min()),
             "gradients": gradients,
             "means": float(((rows.mean(0) - mean) / std).abs().max()),
         }
-    nuts_file(name, args).write_text(json.dumps(results))
+    nuts_file(name, args).write_text(json.dumps(found))
 
 
 def nuts_file(name: str, args: argparse.Namespace) -> Path:
     """Returns where the results of NUTS are."""
-    options = f"nuts{args.nuts}_seconds{args.seconds:g}_lr{args.lr:g}"
-    return args.out / "fits" / f"{name}_{options}.json"
+    rates = "_".join(f"{rate:g}" for rate in args.rates).replace(".", "-")
+    return args.out / "fits" / f"{name}_nuts{args.nuts}_seconds{args.seconds:g}_lr{rates}.json"
 
 
 def margin(rows: Tensor) -> tuple[int, int]:
@@ -198,7 +237,7 @@ def margin(rows: Tensor) -> tuple[int, int]:
     return divmod(int(dependence.argmax()), size)
 
 
-def picture(results: dict[tuple[str, str, str], list[Fit]], args: argparse.Namespace) -> None:
+def picture(results: Results, args: argparse.Namespace) -> None:
     """Draws the hardest margin of each posterior: reference, and guides of equal time."""
     names = [*dict.fromkeys(name for name, _, _ in results)]
     fig, axes = plt.subplots(
@@ -217,8 +256,9 @@ def picture(results: dict[tuple[str, str, str], list[Fit]], args: argparse.Names
         i, j = margin(reference)
         clouds = {"reference": reference[:: max(len(reference) // 2000, 1)]}
         for guide in SHOWN:
+            rate = results[name, guide, "seconds"][0]["rate"]
             clouds[guide] = torch.as_tensor(
-                np.load(file_of(name, guide, "seconds", 0, args).with_suffix(".npy"))
+                np.load(file_of(name, guide, "seconds", rate, 0, args).with_suffix(".npy"))
             )
         for ax, (title, cloud) in zip(row, clouds.items(), strict=True):
             if len(cloud):
@@ -242,9 +282,9 @@ def picture(results: dict[tuple[str, str, str], list[Fit]], args: argparse.Names
 
 
 def mean_of(fits: list[Fit], key: str, at: int | None = None) -> float:
-    """Returns the mean over seeds, infinite if a fit has failed."""
+    """Returns the mean over seeds, and the worst value if a fit has failed."""
     if any("failed" in f for f in fits):
-        return math.inf
+        return -math.inf if key == "elbo" else math.inf
     return float(np.mean([f[key] if at is None else f[key][at] for f in fits]))
 
 
@@ -262,7 +302,7 @@ def cells(fits: list[Fit]) -> list[str]:
     ]
 
 
-def report(results: dict[tuple[str, str, str], list[Fit]], args: argparse.Namespace) -> None:
+def report(results: Results, args: argparse.Namespace) -> None:
     """Prints a table for each budget, and one that counts where the aims are reached."""
     names = [*dict.fromkeys(name for name, _, _ in results)]
     unit = "AutoIAFNormal" if "AutoIAFNormal" in args.guides else args.guides[0]
@@ -276,34 +316,28 @@ def report(results: dict[tuple[str, str, str], list[Fit]], args: argparse.Namesp
         for name in names:
             for guide in args.guides:
                 ratio = per_step(name, guide, mode) / per_step(name, unit, mode)
-                row = cells(results[name, guide, mode])
-                rows.append([MODELS[name][0], guide, *row, f"{ratio:.2f}"])
+                fits = results[name, guide, mode]
+                rate = f"{fits[0]['rate']:g}"
+                rows.append([MODELS[name][0], guide, *cells(fits), f"{ratio:.2f}", rate])
         print(f"\nEqual {mode}: {getattr(args, mode):g}")
         print_table(
             (
                 *("posterior", "guide", "ELBO", "means off", "log stds off", "k"),
-                *("effective samples per second", "time per step"),
+                *("effective samples per second", "time per step", "learning rate"),
             ),
             rows,
         )
         for guide in args.guides:
-            fits = {name: results[name, guide, mode] for name in names}
+            by_name = {name: results[name, guide, mode] for name in names}
             best = sum(
-                mean_of(fits[n], "elbo")
-                >= max(
-                    -math.inf
-                    if any("failed" in f for f in results[n, g, mode])
-                    else mean_of(results[n, g, mode], "elbo")
-                    for g in args.guides
-                )
-                for n in names
-                if not any("failed" in f for f in fits[n])
+                mean_of(f, "elbo") == max(mean_of(results[n, g, mode], "elbo") for g in args.guides)
+                for n, f in by_name.items()
             )
             close = sum(
                 mean_of(f, "means", 0) < 0.1 and mean_of(f, "log stds", 0) < 0.1
-                for f in fits.values()
+                for f in by_name.values()
             )
-            k = sum(mean_of(f, "k") < 0.7 for f in fits.values())
+            k = sum(mean_of(f, "k") < 0.7 for f in by_name.values())
             summary.append([guide, *(f"{n} of {len(names)}" for n in (best, close, k))])
         print_table(("guide", "best ELBO", "means and log stds within 0.1", "k < 0.7"), summary)
 
@@ -323,9 +357,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--guides",
         nargs="+",
-        default=[*GUIDES][:4],
+        default=SHOWN,
         choices=GUIDES,
-        help="guides (default: all but the last)",
+        help="guides (default: the first three)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="of SVI (default: %(default)s)")
@@ -336,7 +370,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of the processor, for each fit (default: %(default)s)",
     )
     parser.add_argument(
-        "--lr", type=float, default=1e-2, help="the learning rate at first (default: %(default)s)"
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[1e-2, 3e-2, 1e-1],
+        help="learning rates to try (default: 0.01 0.03 0.1)",
     )
     parser.add_argument(
         "--draws", type=int, default=10_000, help="of each guide (default: %(default)s)"
@@ -353,30 +391,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     (args.out / "fits").mkdir(parents=True, exist_ok=True)
-    keys = [(n, g, m) for n in args.only for g in args.guides for m in ("steps", "seconds")]
-    every = [(*key, seed) for seed in range(args.seeds) for key in keys]
-    left = [k for k in every if not file_of(*k, args).with_suffix(".json").exists()]
-    with ProcessPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run_fit, *k, args) for k in left]
-        for job in tqdm(jobs, desc="fits"):
-            job.result()
-    results: dict[tuple[str, str, str], list[Fit]] = {key: [] for key in keys}
-    for *key, seed in every:
-        path = file_of(*key, seed, args).with_suffix(".json")
-        results[tuple(key)].append(json.loads(path.read_text()))
+    results = fit_all(args)
     report(results, args)
     if set(SHOWN) <= set(args.guides):
         picture(results, args)
-    report_nuts(args)
+    report_nuts(results, args)
     print("\nWritten to", args.out)
 
 
-def report_nuts(args: argparse.Namespace) -> None:
+def report_nuts(results: Results, args: argparse.Namespace) -> None:
     """Runs NUTS on the hardest posteriors, and prints its table."""
     rows = []
     for name in (n for n in HARDEST if n in args.only and args.nuts):
         if not nuts_file(name, args).exists():
-            run_nuts(name, args)
+            run_nuts(name, results, args)
         for method, r in json.loads(nuts_file(name, args).read_text()).items():
             per = 1000 * r["effective"] / r["gradients"]
             counts = [f"{r['gradients']:,}", f"{r['effective']:.0f}", f"{per:.1f}"]

@@ -42,7 +42,7 @@ def regress(y: Tensor, x: Tensor, beta: Tensor, sigma: Tensor) -> None:
 
 
 def eight_schools(y: Tensor, sigma: Tensor, **_: Any) -> None:
-    """Effects of coaching in eight schools, in the centred form."""
+    """Effects of coaching in eight schools, in the centered form."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     effects = dist.Normal(mu.unsqueeze(-1), tau.unsqueeze(-1)).expand((*mu.shape, len(y)))

@@ -2,7 +2,7 @@
 
 Neural posterior estimation (NPE) is run on two moons (Greenberg et al., 2019) and on SLCP
 (Papamakarios et al., 2019), by a plain loop, by lampe or by sbi. All flows get the same
-simulations, optimiser and early stopping. A table gives
+simulations, optimizer and early stopping. A table gives
 
 - the mean log-posterior of held-out parameters, in standard deviations of the prior,
 - the calibration: the largest difference between credible levels and how often their regions hold
@@ -256,7 +256,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="numbers of simulations of each task, at least 20 (default: 10000)",
     )
     number("--seeds", 1, "how many")
-    number("--steps", 5000, "of the optimiser, at most")
+    number("--steps", 5000, "of the optimizer, at most")
     number("--epochs", 100, "passes over the simulations, at most")
     number("--patience", 20, "passes without a better validation after which a fit stops")
     number("--lr", 1e-3, "the learning rate at first")

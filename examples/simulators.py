@@ -86,7 +86,7 @@ def c2st(x: Tensor, y: Tensor, seed: int = 1) -> float:
     (Lueckmann et al., 2021).
 
     Args:
-        x: Samples with shape (N, D). They decide how both are standardised.
+        x: Samples with shape (N, D). They decide how both are standardized.
         y: Samples with shape (M, D).
         seed: The seed of the classifier and of the folds.
     """

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import zuko
 from archive import Archive, Parts, bsds300, download, gas, hepmass, miniboone, power
-from data import Data, breast_cancer, patches, standardise
+from data import Data, breast_cancer, patches, standardize
 from files import SOURCES
 from files import bsds300 as rebuilt
 from torch import Tensor
@@ -105,7 +105,7 @@ UMNN-MAF 157.98, TAN 159.80. The rebuilt patches are not the published ones."""
 def load(name: str, archive: Archive | None, root: Path) -> tuple[Data, Preset, Tensor]:
     """Returns the data, the preset, and the log-determinant of the standardization."""
     if archive is not None and name in PRESETS:
-        data = standardise(*PRESETS[name].load(archive))
+        data = standardize(*PRESETS[name].load(archive))
         return data, PRESETS[name], data.std.log().sum()
     # Data that are not the paper's take the options of its own patches, for a few steps.
     preset = PRESETS["BSDS300"]._replace(dropout=0.0, budget=Budget(1000, 128, 1e-3))
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--download", action="store_true", help="get the archive first")
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=["Sinusoidal"], help="flows")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="of the optimiser (default: the paper's)")
+    parser.add_argument("--steps", type=int, help="of the optimizer (default: the paper's)")
     parser.add_argument("--seconds", type=float, help="of the processor, in place of steps")
     parser.add_argument("--batch", type=int, help="rows in a step (default: the paper's)")
     parser.add_argument("--lr", type=float, help="learning rate at first (default: the paper's)")

@@ -30,7 +30,7 @@ class Budget:
     """What the fit of a flow may spend, and how.
 
     Args:
-        steps: The number of steps of the optimiser, AdamW.
+        steps: The number of steps of the optimizer, AdamW.
         batch: The number of rows in each.
         lr: The learning rate at first. It falls to zero along a cosine.
         weight_decay: The weight decay.
@@ -67,7 +67,7 @@ def fit(
         data: The rows to fit, and those to validate.
         budget: What to spend.
         checkpoint: The file to resume from, where it exists, and to write.
-        parameters: What the optimiser moves, perhaps in groups. If :py:`None`, all parameters.
+        parameters: What the optimizer moves, perhaps in groups. If :py:`None`, all parameters.
 
     Returns:
         The flow, in evaluation mode.
@@ -76,14 +76,14 @@ def fit(
         ValueError: If the checkpoint is that of another budget.
         RuntimeError: If the checkpoint is that of another flow.
     """
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         flow.parameters() if parameters is None else parameters,
         lr=budget.lr,
         weight_decay=budget.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, budget.steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     validation = data.validation[:: max(len(data.validation) // 2000, 1)]
-    parts = {"flow": flow, "optimiser": optimiser, "schedule": schedule}
+    parts = {"flow": flow, "optimizer": optimizer, "schedule": schedule}
     step, best, best_step, weights = 0, -math.inf, 0, copy.deepcopy(flow.state_dict())
     begin = time.process_time()
     if checkpoint is not None and checkpoint.exists():
@@ -104,10 +104,10 @@ def fit(
         while step < budget.steps and step - best_step < patience:
             rows = torch.randint(len(data.train), (budget.batch,))
             loss = -flow.train()().log_prob(data.train[rows]).mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(flow.parameters(), budget.clip)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             step += 1
             bar.update()
@@ -185,18 +185,18 @@ def likelihood_step(
     Returns:
         A function that takes a step, and returns the loss before it.
     """
-    # A graph repeats what it did to the same addresses: the optimiser has to count its steps on
+    # A graph repeats what it did to the same addresses: the optimizer has to count its steps on
     # the GPU, and a learning rate that was a number would stay what it was.
     parameters = [*flow.parameters()]
     capturable = parameters[0].is_cuda
-    optimiser = torch.optim.AdamW(parameters, rate, weight_decay=0.0, capturable=capturable)
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, capturable=capturable)
 
     def step() -> Tensor:
-        optimiser.zero_grad(set_to_none=True)  # so that the graph writes gradients, and adds none
+        optimizer.zero_grad(set_to_none=True)  # so that the graph writes gradients, and adds none
         value = loss()
         value.backward()
         nn.utils.clip_grad_norm_(parameters, clip)  # which reads no values, but for its errors
-        optimiser.step()
+        optimizer.step()
         return value.detach()  # nodes of autograd that outlive a step remember its stream
 
     return step
@@ -217,7 +217,7 @@ def captured(step: Callable[[], Tensor], warm_up: int = 3) -> Callable[[], Tenso
     """
     # A capture takes another stream than the default one, of which no node may be left over: the
     # warm-up takes that stream, too. It compiles Triton's kernels, makes workspaces of cuBLAS and
-    # the state of the optimiser, none of which may happen in a capture.
+    # the state of the optimizer, none of which may happen in a capture.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -288,7 +288,7 @@ def infer(
         guide: The guide.
         loss: The loss.
         lr: The learning rate at first.
-        steps: The number of steps of the optimiser, ClippedAdam.
+        steps: The number of steps of the optimizer, ClippedAdam.
         batch: Returns the arguments of model and guide for a step.
         last: The share of the learning rate that is left at the end.
     """

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
+from itertools import chain
 from operator import is_
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,9 +20,10 @@ from torch.nn.modules import module as _module
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import handle_torch_function, has_torch_function
 
-_PLAIN = {bool, int, float, str, type(None), dict, OrderedDict, set, torch.Size}
-InverseTransform = _InverseTransform
+_PLAIN = {bool, int, float, str, type(None), torch.Size}
 _PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_INTERNAL = frozenset(vars(nn.Module()))
+InverseTransform = _InverseTransform
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -142,77 +143,73 @@ def versions(*tensors: Tensor) -> list[int | None]:
     return seen
 
 
-def _held(value: Any) -> dict[Any, Any] | None:
-    """Returns what a sequence, partial, method, closure or other object holds."""
+def _contents(value: Any) -> list[Any] | None:
+    """Returns what a container, partial, method, closure, module or other object holds."""
+    if isinstance(value, nn.Module):
+        held = vars(value)
+        parts = [held[name].values() for name in _PARTS]
+        return [*held.values(), *chain.from_iterable(parts)]
     if isinstance(value, list | tuple):
-        return dict(enumerate(value))
+        return [*value]
+    if isinstance(value, dict):
+        return [*value.values()]
     if isinstance(value, partial):
-        return dict(enumerate((value.func, *value.args, *value.keywords.values())))
+        return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, MethodType):
-        return {0: value.__self__}
+        return [value.__self__]
     if isinstance(value, FunctionType):
-        cells = [c for c in value.__closure__ or () if c != CellType()]  # without empty cells
-        return dict(enumerate(c.cell_contents for c in cells))
-    return None if isinstance(value, type | State) else getattr(value, "__dict__", None)
+        cells = value.__closure__ or ()
+        return [c.cell_contents for c in cells if c != CellType()]  # without empty cells
+    if isinstance(value, type | ModuleType | State) or not hasattr(value, "__dict__"):
+        return None
+    return [*vars(value).values()]
+
+
+def _same(now: list[Any] | None, before: list[Any]) -> bool:
+    """Whether two lists hold the very same objects."""
+    return now is not None and len(now) == len(before) and all(map(is_, now, before))
 
 
 class State:
-    """The tensors and modules that an object holds, to find out whether they have changed.
+    """The tensors and other values that an object holds, to find out whether they have changed.
 
     It searches the attributes of the object, and the attributes, items and closures of what it
-    finds there. It also records the training modes and hooks of modules. It does not see the global
-    variables that a function reads.
+    finds there. It does not see the global variables that a function reads.
 
     Args:
         root: The attributes of the object. No reference to them is kept.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
-        self._root: list[tuple[str, Any]] = []  # the items of the root
-        self._places: list[tuple[dict[Any, Any], Any]] = []
-        self._values: list[Any] = []  # the values at these places
-        self._containers: list[dict[Any, Any]] = []
+        self._root = [*root.values()]
+        self._objects: list[tuple[Any, list[Any]]] = []
         self._tensors: list[Tensor] = []
-        self._seen: set[int] = set()
-        self._add(None, root)
-        self._lengths = [*map(len, self._containers)]
-        self._is_known = not any(t.is_inference() for t in self._tensors)  # those have no versions
-
-    def _keep(self, container: dict[Any, Any] | None, key: Any, value: Any) -> None:
-        if container is None:
-            self._root.append((key, value))
-        else:
-            self._places.append((container, key))
-            self._values.append(value)
-
-    def _add(self, container: dict[Any, Any] | None, values: dict[Any, Any]) -> None:
-        if container is not None:
-            self._containers.append(container)
-        for key, value in values.items():
+        seen, stack = set(), self._root[:]
+        while stack:
+            value = stack.pop()
             if type(value) in _PLAIN:
                 continue
             if isinstance(value, Tensor):
-                self._keep(container, key, value)
                 self._tensors.append(value)
-            elif (held := _held(value)) is not None:
-                self._keep(container, key, value)
-                if id(value) not in self._seen:
-                    self._seen.add(id(value))
-                    self._add(held, held)
-        if "_modules" in values:
-            self._keep(container, "training", values["training"])
-            for name in _PARTS:
-                self._add(values[name], values[name])
+            elif id(value) not in seen and (contents := _contents(value)) is not None:
+                seen.add(id(value))
+                self._objects.append((value, contents))
+                if isinstance(value, nn.Module):  # not every dict that torch gives to a module
+                    held = vars(value)
+                    stack += [part for name, part in held.items() if name not in _INTERNAL]
+                    contents = contents[len(held) :]
+                stack += contents
+        self._is_known = not any(t.is_inference() for t in self._tensors)  # those have no versions
 
-    def versions(self, root: dict[str, Any]) -> list[int] | None:
-        """Returns the versions of the tensors, or None if anything else has changed."""
-        if not self._is_known or [*map(len, self._containers)] != self._lengths:
-            return None
-        for key, value in self._root:
-            if root.get(key) is not value:
-                return None
-        now = [container.get(key) for container, key in self._places]
-        if not all(map(is_, now, self._values)):
+    def is_unchanged(self, root: dict[str, Any]) -> bool:
+        """Whether all objects hold what they held, versions of tensors aside."""
+        if not _same([*root.values()], self._root):
+            return False
+        return all(_same(_contents(value), before) for value, before in self._objects)
+
+    def versions(self) -> list[int] | None:
+        """Returns the versions of the tensors, or None if there are tensors of inference mode."""
+        if not self._is_known:
             return None
         return [2 * t._version + t.requires_grad for t in self._tensors]
 

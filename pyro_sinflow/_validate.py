@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, TypeVar
 from weakref import ReferenceType, ref
 
@@ -31,7 +32,7 @@ def tensor(name: str, x: Any) -> None:
         raise TypeError(f"'{name}' should be a tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"'{name}' should be a floating-point tensor, got {x.dtype}.")
-    # If the sum is finite, so are the terms. If it is not, it may have overflowed: count them.
+    # If the sum is finite, so are all terms. Otherwise it may have overflowed, so count.
     if is_validation_enabled() and can_branch_on(x) and not math.isfinite(x.detach().sum()):
         nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
         if nan or inf:
@@ -122,14 +123,22 @@ def shape(name: str, shape: Any) -> Size:
     return Size(size(name, n, minimum=0) for n in shape)
 
 
+def shapes(name: str, shapes: Any) -> list[Size]:
+    """Requires a sequence of shapes."""
+    if not isinstance(shapes, Iterable):
+        raise TypeError(f"'{name}' should be a sequence of shapes, got {shapes!r}.")
+    return [shape(name, s) for s in shapes]
+
+
 def real(name: str, value: Any, low: float, high: float, closed: bool = False) -> float:
     """Requires a number in ``(low, high)``, or in ``[low, high)`` if ``closed``."""
-    if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
+    if isinstance(value, bool | Tensor) or not isinstance(value, Real):
         raise TypeError(f"'{name}' should be a number, got {value!r}.")
-    if not (low < value < high or (closed and value == low)):
+    number = float(value)
+    if not (low < number < high or (closed and number == low)):
         least = f"at least {low} and less than" if closed else f"strictly between {low} and"
         raise ValueError(f"'{name}' should be {least} {high}, got {value}.")
-    return float(value)
+    return number
 
 
 def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -14,7 +14,7 @@ from zuko.utils import unpack
 
 from . import _validate as check
 from ._torch import autocasting, can_fuse
-from .bijection import Bijection, inverse
+from .bijection import inverse
 from .sequential import StagedEvaluation, Stages, WholeEvaluation, stages_of
 
 # Minimum rows, per stage and in all, for which forward substitution is faster than full passes.
@@ -57,15 +57,6 @@ class AutoregressiveMap:
         self.conditioner = check.function("conditioner", conditioner)
         self.event_dim = check.size("event_dim", event_dim)
         self.passes = None if passes is None else check.size("passes", passes)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, AutoregressiveMap)
-            and self.conditioner == other.conditioner
-            and (self.event_dim, self.passes) == (other.event_dim, other.passes)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"conditioner: {name_of(self.conditioner)}, event_dim: {self.event_dim}"
@@ -138,11 +129,6 @@ class NetworkMap(AutoregressiveMap):
         self.event_dim = len(features)
         self.passes = passes
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, NetworkMap) and self.module is other.module and self.c is other.c
-
-    __hash__ = None
-
     def __repr__(self) -> str:
         context = "" if self.c is None else f", context: {tuple(self.c.shape)}"
         return f"univariate: {name_of(self.univariate)}, features: {tuple(self.features)}{context}"
@@ -155,14 +141,19 @@ class NetworkMap(AutoregressiveMap):
             batch = check.broadcast(y=batch, context=c.shape[:-1])
         if self.network is None or autocasting(y.device.type):
             return None
+        if not treats_features_alike(self.univariate):
+            return None
         if not can_fuse(y) or (c is not None and not can_fuse(c)):
             return None
         stages = stages_of(self.network, self.features.numel())
         if stages is None or stages.linears[0].weight.dtype != y.dtype:
             return None
-        outputs = sum(prod(shape) for shape in self.shapes)
-        if stages.linears[-1].out_features != self.features.numel() * outputs:
-            return None  # a wrong size: evaluating the network raises the error
+        # With a wrong size, evaluating the network raises the error.
+        n, outputs = self.features.numel(), sum(prod(shape) for shape in self.shapes)
+        if stages.linears[-1].out_features != n * outputs:
+            return None
+        if stages.linears[0].in_features != n + (0 if c is None else c.shape[-1]):
+            return None
         if c is not None:
             y = y.expand(*batch, *self.features)
             c = c.to(y.dtype)
@@ -222,11 +213,24 @@ class FrozenInverse:
             [len(s) for s in self.stages.stages[1:]], dim=1
         ):
             h = evaluation.advance(x).view(targets.shape[1], -1, self.rows).permute(2, 0, 1)
-            tau = self.univariate(*self.split(h))
-            x = (tau._inverse(targets) if isinstance(tau, Bijection) else tau.inv(targets)).t()
+            x = inverse(self.univariate(*self.split(h)), targets).t()
             parts.append(x)
         x = self.targets.new_empty(len(order), self.rows).index_copy_(0, order, torch.cat(parts))
         return x.t().reshape(self.y.shape)
+
+
+def treats_features_alike(univariate: Any) -> bool:
+    """Whether a constructor treats all features alike, so that it can be applied to some of them.
+
+    A function may not, nor a class that tensors are bound to: they may have an entry for each
+    feature.
+    """
+    while isinstance(univariate, partial):
+        values = (*univariate.args, *univariate.keywords.values())
+        if any(isinstance(v, Tensor) for v in values):
+            return False
+        univariate = univariate.func
+    return isinstance(univariate, type) and issubclass(univariate, Transform)
 
 
 def name_of(function: Any) -> str:

@@ -196,7 +196,7 @@ class Bijection(Transform):
 
     def _known(self, *tensors: Tensor) -> _Pair | None:
         """Returns the cached pair, if the transform returned one of the tensors and it is valid."""
-        # This comes first, because whatever the compiler reads becomes a guard.
+        # Before self._cached is read: torch.compile adds a guard for each attribute it reads.
         if self._cache_size == 0 or torch.compiler.is_compiling():
             return None
         pair = self._cached
@@ -214,11 +214,14 @@ class Bijection(Transform):
 
     def _state_with(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
         """Returns a value that differs whenever a cached pair (x, y) may be out of date."""
-        root = vars(self)
-        if self._state is None:
-            skip = ("_cached", "_state", "_inv")
-            self._state = State({k: v for k, v in root.items() if k not in skip})
-        return *modes(x), *versions(x, y), self._state.versions(root)
+        skip = ("_cached", "_state", "_inv")
+        root = {k: v for k, v in vars(self).items() if k not in skip}
+        state = self._state
+        if state is None:
+            state = self._state = State(root)
+        elif not state.is_unchanged(root):
+            return (None,)
+        return *modes(x), *versions(x, y), state.versions()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles have no cached pair: tensors with a graph can be neither copied nor

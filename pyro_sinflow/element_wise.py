@@ -49,16 +49,6 @@ class SinusoidalChain(Bijection):
     def _chain(self) -> Tensor:
         return self.packed
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            type(self) is type(other)
-            and isinstance(other, SinusoidalChain)
-            and self.min_slope == other.min_slope
-            and torch.equal(self._chain(), other._chain())
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return evaluate(x, self._chain(), self.min_slope)
 
@@ -131,22 +121,13 @@ class Asinh(Bijection):
     def __init__(self, parameter: Tensor, rate: float = 1.0, start: float = 0.0) -> None:
         super().__init__()
 
-        # They are combined at each use: a distribution that is kept follows the parameter, and has
-        # no part of a graph that an earlier backward pass has freed.
+        # They are combined at each use: a stored value would be out of date after a step of the
+        # optimizer, and its graph freed by the first backward pass.
         self.parameter = parameter
         self.rate, self.start = rate, start
 
     def __repr__(self) -> str:
         return f"Asinh(batch_shape: {tuple(self.parameter.shape)})"
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Asinh)
-            and torch.equal(self.parameter, other.parameter)
-            and (self.rate, self.start) == (other.rate, other.start)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def _b(self) -> Tensor:
         u = self.start + self.rate * at_least_float32(self.parameter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -21,20 +22,9 @@ from .solvers import Solver
 from .transforms import TriangularTransform
 
 
-def _applies_alike(univariate: Any) -> bool:
-    """Whether a constructor treats all features alike, so that it can be applied to a subset.
-
-    It may not if tensors are bound to it, as they may have an entry for each feature.
-    """
-    while isinstance(univariate, partial):
-        values = (*univariate.args, *univariate.keywords.values())
-        if any(isinstance(v, Tensor) for v in values):
-            return False
-        univariate = univariate.func
-    return isinstance(univariate, type) and issubclass(univariate, Transform)
-
-
-def _lowered(function: Callable[[Tensor], Transform], network: nn.Module, x: Tensor) -> Transform:
+def _in_network_dtype(
+    function: Callable[[Tensor], Transform], network: nn.Module, x: Tensor
+) -> Transform:
     """Evaluates a conditioner in half precision, if its network has weights of that precision."""
     dtype = weight_dtype(network)
     return function(x.to(dtype) if dtype.itemsize < 4 else x)
@@ -81,9 +71,9 @@ class FastInverse(Lazy):
             and call.args[0] is c
         )
         function = NetworkMap(
-            partial(_lowered, t.meta, lazy.hyper),
+            partial(_in_network_dtype, t.meta, lazy.hyper),
             lazy,
-            lazy.hyper if standard and _applies_alike(lazy.univariate) else None,
+            lazy.hyper if standard else None,
             lazy.univariate,
             lazy.shapes,
             c,
@@ -127,7 +117,10 @@ def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
             found = True
             return FastInverse(lazy, solver)
         if isinstance(lazy, LazyComposedTransform):
-            return type(lazy)(*map(convert, lazy.transforms))
+            new = copy(lazy)  # without a call of the constructor, which a subclass may have changed
+            new._modules = {**lazy._modules}
+            new.transforms = nn.ModuleList(map(convert, lazy.transforms))
+            return new
         if isinstance(lazy, LazyInverse):
             return convert(lazy.transform).inv
         return lazy

@@ -101,8 +101,7 @@ class SinusoidalFlow(Flow):
         adjacency: Which features and context features each feature depends on, instead of an order:
             the matrix that :class:`pyro_sinflow.MaskedNetwork` takes. It is an option of the
             autoregressive conditioner. All transformations share it, as in zuko's MAF: with one of
-            them, a feature depends on its parents; with several, also on the ancestors that as many
-            steps reach.
+            them, a feature depends on its parents; with n, on ancestors up to n steps away.
 
     Raises:
         TypeError: If an argument has the wrong type, or an option does not apply to the
@@ -153,8 +152,11 @@ class SinusoidalFlow(Flow):
         check.flag("context_diagonal", context_diagonal)
         independent = conditioner == "independent"
         if not independent and (not scale or context_diagonal):
-            name = "context_diagonal" if scale else "scale"
-            raise TypeError(f"'{name}' is an option of conditioner='independent' only.")
+            name, given = ("context_diagonal", True) if scale else ("scale", False)
+            raise TypeError(
+                f"'{name}' should be {not given} for conditioner='autoregressive', got {given}. "
+                "It is an option of conditioner='independent'."
+            )
         seen = None
         if adjacency is not None:
             seen = _context_seen(adjacency, shape, context, independent, randperm)
@@ -234,18 +236,20 @@ def _context_seen(
     return seen[:, features.numel() :]
 
 
-def affine_sinusoids(
-    shift: Tensor,
-    scale: Tensor,
-    parameters: Tensor,
-    max_scale: float,
-    min_slope: float,
-    solver: Solver,
-) -> Composition:
-    """Composes an affine map and a chain of sinusoids, from the outputs of a conditioner."""
-    return Composition(
-        Affine(shift, scale, max_scale), SinusoidalChain(parameters, min_slope, solver)
-    )
+class AffineSinusoids(Composition):
+    """An affine map and a chain of sinusoids, from the outputs of a conditioner."""
+
+    def __init__(
+        self,
+        shift: Tensor,
+        scale: Tensor,
+        parameters: Tensor,
+        max_scale: float,
+        min_slope: float,
+        solver: Solver,
+    ) -> None:
+        chain = SinusoidalChain(parameters, min_slope, solver)
+        super().__init__(Affine(shift, scale, max_scale), chain)
 
 
 def _autoregressive(
@@ -284,6 +288,6 @@ def _autoregressive(
     n = features.numel()
     start = initial_sinusoids(n, sinusoids, components=components).flatten(1)
     masked.set_bias(torch.cat((torch.zeros(n, 2), start), dim=1))
-    univariate = partial(affine_sinusoids, max_scale=max_scale, min_slope=min_slope, solver=solver)
+    univariate = partial(AffineSinusoids, max_scale=max_scale, min_slope=min_slope, solver=solver)
 
     return LazyTriangular(masked, features, univariate, shapes, solver)

@@ -22,7 +22,7 @@ from .block import ConditionalLDU
 from .networks import MaskedNetwork
 from .transforms import Composition
 
-_FASTER = 10  # the factor of location and log-scales, which thus learn so many times faster
+_FASTER = 10  # the factor of location and log-scales: each step moves them ten times as far
 _LINEAR = 2  # the factor of the entries of A
 _DRAWS = 10_000  # for medians and quantiles
 
@@ -43,7 +43,7 @@ class AutoLDU(AutoContinuous):
     regression with many observations, :class:`~pyro.infer.autoguide.AutoMultivariateNormal` is
     enough.
 
-    Optimisers such as Adam move each parameter by about the learning rate. Location and log-scales
+    Optimizers such as Adam move each parameter by about the learning rate. Location and log-scales
     are parametrized so that they move by ten times as much. A learning rate that decays from 0.01
     works for most models; 0.1 is too large.
 
@@ -197,19 +197,25 @@ class AutoLDU(AutoContinuous):
             kwargs: The keyword arguments of the model.
 
         Raises:
+            TypeError: If ``quantiles`` holds anything other than numbers.
             ValueError: If ``quantiles`` is not a sequence, or a quantile is not between 0 and 1.
             RuntimeError: If the guide has not been called yet.
         """
         affine = self._parameter()
-        levels = torch.as_tensor(quantiles, dtype=affine.dtype, device=affine.device)
+        try:
+            levels = torch.as_tensor(quantiles, dtype=affine.dtype, device=affine.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"'quantiles' should hold numbers, got {quantiles!r}.") from error
         if levels.ndim != 1:
             raise ValueError(f"'quantiles' should be a sequence of numbers, got {quantiles}.")
         for level in levels.tolist():
             if not 0 <= level <= 1:
                 raise ValueError(f"'quantiles' should be between 0 and 1, got {level:g}.")
         latents = self.get_posterior(*args, **kwargs).sample((_DRAWS,))
+        # In parts, because torch's quantile has a largest size.
+        chosen = [part.quantile(levels, dim=0) for part in latents.split(1000, dim=1)]
         parts: dict[str, list[Tensor]] = {}
-        for latent in latents.quantile(levels, dim=0):
+        for latent in torch.cat(chosen, dim=1):
             for site, value in self._unpack_latent(latent):
                 parts.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
         return {name: torch.stack(values) for name, values in parts.items()}

@@ -23,7 +23,7 @@ from torch.autograd import Function
 from ._torch import can_branch_on, depends_on_more, honours_torch_function
 from .autoregressive import AutoregressiveMap, FrozenInverse
 from .bijection import inverse
-from .nilpotent import cut_off, finite_events, nilpotent_iteration
+from .nilpotent import cut_off, finite_events, largest, nilpotent_iteration
 from .solvers import Solver, record
 
 
@@ -66,7 +66,7 @@ def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> 
     x = torch.zeros_like(y)
     for _ in range(limit):
         new = inverse(function(x), y)
-        bound = torch.finfo(y.dtype).max ** 0.5
+        bound = largest(y.dtype)
         x = new.nan_to_num(nan=0.0).clamp(-bound, bound)
     record("triangular", limit, y.numel())
     if not features:
@@ -117,7 +117,8 @@ class _Jacobian:
         leaf = x.detach().requires_grad_()
         self.function = function
         self.trusted = trusted
-        # The derivative by the input of tau is the diagonal; that by the conditioner's, the rest.
+        # The derivative with respect to the input of tau is the diagonal of the Jacobian, and that
+        # with respect to the input of the conditioner the rest.
         self.own, self.others = _Detached.apply(leaf)
         self.value = function(self.others)(self.own)
         self.is_constant = not depends_on_more(self.value, [leaf])
@@ -162,7 +163,8 @@ class _Jacobian:
                 v = (b - self._product(v, transposed)) / diagonal
             return v
         # Tolerances are relative to 1, but gradients may be small. Each event is therefore scaled
-        # by the largest element of its first guess. Where that is zero or not finite, so is v.
+        # by the largest element of its first guess. If that is zero, v is zero; if it is not
+        # finite, neither is v.
         unit = start.abs().flatten(b.ndim - event_dim).amax(dim=-1)[(...,) + event_dim * (None,)]
         b = (b / unit).nan_to_num(0.0)
         # Gradients are solved to round-off, whatever the tolerance of the values.
@@ -220,8 +222,8 @@ class _Count(Function):
 class _Step(Function):
     """Computes x - J^{-1} (f(x) - y), whose value is x.
 
-    If the gradient is not differentiated again, it is passed to the value of f at the constant
-    root; otherwise, to the value of f at the previous step.
+    With create_graph=False, the gradient flows to f(x) at the constant root; with
+    create_graph=True, to f(x) at the root of the previous step.
     """
 
     @staticmethod

@@ -20,7 +20,7 @@ from .bijection import at_least_float32
 from .element_wise import Affine, Asinh, SinusoidalChain
 from .linear import Linear
 from .masks import masked_mlp
-from .networks import MaskedNetwork, check_context, check_triangular
+from .networks import MaskedNetwork, check_context, check_triangular, weight_dtype
 from .pixelcnn import PixelCNN
 from .solvers import Solver
 from .transforms import TriangularTransform
@@ -64,14 +64,17 @@ class LazyTriangular(Lazy):
             features.
         features: The shape of an event.
         univariate: The constructor of :math:`\tau`, a :class:`torch.distributions.Transform` that
-            acts on each number by itself. It gets the parameters of all features at once, a tensor
-            for each of ``shapes``.
+            acts on each number by itself. It gets a tensor for each of ``shapes``. A class, which
+            numbers may be bound to by :class:`functools.partial`, should treat all features alike:
+            the inverse of large batches applies it to some features at a time. Any other function
+            gets the parameters of all features at once.
         shapes: The shapes of the arguments of ``univariate``, for one feature.
         solver: How the inverse is computed.
 
     Raises:
-        TypeError: If ``features`` or ``shapes`` holds anything other than integers, ``univariate``
-            is not callable, or ``solver`` is not a :class:`Solver`.
+        TypeError: If ``network`` is not a module, ``features`` or ``shapes`` holds anything other
+            than integers, ``univariate`` is not callable or does not return a transform, or
+            ``solver`` is not a :class:`Solver`.
         ValueError: If a size is not positive. When the transformation is called: if the network
             does not return as many outputs for each feature as ``shapes`` needs. When it is called
             for the first time with Pyro's validation on: if the parameters of a feature depend on
@@ -95,10 +98,10 @@ class LazyTriangular(Lazy):
     ) -> None:
         super().__init__()
 
-        self.network = network
+        self.network = check.instance("network", network, nn.Module)
         self.features = check.sizes("features", features)
         self.univariate = check.function("univariate", univariate)
-        self.shapes = [check.shape("shapes", s) for s in shapes]
+        self.shapes = check.shapes("shapes", shapes)
         self.outputs = sum(s.numel() for s in self.shapes)
         self.split = splitter(self.shapes)
         self.solver = check.instance("solver", solver, Solver)
@@ -121,11 +124,16 @@ class LazyTriangular(Lazy):
         if not self._checked and x.numel() and is_validation_enabled() and can_branch_on(x):
             check_triangular(self.network, self.features, x, c)
             self._checked = True
-        return self.univariate(*self.split(h))
+        tau = self.univariate(*self.split(h))
+        if not isinstance(tau, Transform):
+            raise TypeError(f"'univariate' should return a Transform, got {type(tau).__name__}.")
+        return tau
 
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""
         network = self.network if type(self.network) is MaskedNetwork else None
+        if network is not None and (c is not None or network.context):
+            check_context(c, network.context, weight_dtype(network))
         passes = self.network.passes if isinstance(self.network, MaskedNetwork) else None
         meta, features = partial(self.meta, c), self.features
         function = NetworkMap(
@@ -182,7 +190,7 @@ class LazyElementWise(Lazy):
 class LazyAffine(LazyElementWise):
     r"""Creates a lazy element-wise affine transformation. It starts as the identity.
 
-    The free log-scale is a parameter times ten. Otherwise an optimiser that moves each parameter by
+    The free log-scale is a parameter times ten. Otherwise an optimizer that moves each parameter by
     about the learning rate, such as Adam, would need many steps to fit the scale of the noise.
 
     Args:
@@ -300,7 +308,7 @@ def initial_sinusoids(*shape: int, components: int) -> Tensor:
     """Draws the parameters of sinusoids without shifts, with shape ``(*shape, 3K + 1)``.
 
     Half a period of the slope, pi / (2a), is between 0.4 and 3, from small details to the whole
-    range of standardised data. Weights and residual weights are zero.
+    range of standardized data. Weights and residual weights are zero.
     """
     frequency = torch.empty(*shape, components).uniform_(math.log(0.5), math.log(4.0)).exp()
     frequency = frequency.expm1().log()  # the inverse of softplus

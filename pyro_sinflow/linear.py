@@ -40,15 +40,10 @@ class Linear(Bijection):
     def __repr__(self) -> str:
         return f"Linear(features: {self.matrix.shape[-1]})"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Linear) and torch.equal(self.matrix, other.matrix)
-
-    __hash__ = None  # type: ignore[assignment]
-
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns L without its diagonal, U, and the logarithms of the diagonal of U."""
-        # At each use: a distribution that is kept follows the parameters, and has no part of a
-        # graph that an earlier backward pass has freed.
+        # At each use: stored values would be out of date after a step of the optimizer, and their
+        # graph freed by the first backward pass.
         matrix = at_least_float32(self.matrix)
         log_diagonal = bounded(matrix.diagonal(), 1e3)
         upper = matrix.triu(1) + log_diagonal.exp().diag_embed()
@@ -61,7 +56,7 @@ class Linear(Bijection):
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_dtype("x", x)
         lower, upper, log_diagonal = self._factors()
-        with without_autocast(x):  # as the inverse, which would not return to x otherwise
+        with without_autocast(x):  # the inverse has the precision of x, and so has its residual
             y = _product(upper, x)
             return y + _product(lower, y), log_diagonal.sum().expand(x.shape[:-1])
 

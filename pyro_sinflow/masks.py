@@ -11,13 +11,21 @@ from zuko.nn import MaskedLinear, MaskedMLP
 
 
 def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
-    """Requires a permutation of the features, and returns it."""
+    """Requires a permutation of the features, and returns it.
+
+    Raises:
+        TypeError: If it does not hold integers.
+        ValueError: If these are not a permutation.
+    """
     n = features.numel()
     if order is None:
         return torch.arange(n)
-    ranks = torch.as_tensor(order).flatten()
-    if ranks.is_floating_point() or ranks.dtype == torch.bool or len(ranks) != n:
-        raise ValueError(f"'order' should hold {n} integers, got {order}.")
+    try:
+        ranks = torch.as_tensor(order).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"'order' should hold {n} integers, got {order!r}.") from error
+    if ranks.is_floating_point() or ranks.dtype == torch.bool:
+        raise TypeError(f"'order' should hold {n} integers, got {order}.")
     if sorted(ranks.tolist()) != list(range(n)):
         raise ValueError(f"'order' should be a permutation of 0, ..., {n - 1}, got {order}.")
     return ranks.long()
@@ -91,9 +99,10 @@ def masked_mlp(
 
 
 def reach(mlp: MaskedMLP) -> Tensor:
-    """Returns which input each output of a network depends on, residual blocks left out.
+    """Returns which input each output of a network depends on.
 
-    They add no dependence: their units have the masks of the units that they are added to.
+    Residual blocks are left out. They add no dependence, because a block has the same masks as the
+    units that it is added to.
     """
     seen = torch.eye(mlp.in_features, dtype=torch.float64, device="cpu")
     for layer in mlp:

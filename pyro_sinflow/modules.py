@@ -68,7 +68,7 @@ class Sinusoidal(SinusoidalTransform, TransformModule):
         return super()._checked(name, x)
 
     __eq__ = Transform.__eq__
-    __hash__ = TransformModule.__hash__  # type: ignore[assignment]
+    __hash__ = TransformModule.__hash__
 
 
 class LDU(LDUTransform, TransformModule):
@@ -169,7 +169,7 @@ class LDU(LDUTransform, TransformModule):
 
     __repr__ = nn.Module.__repr__
     __eq__ = Transform.__eq__
-    __hash__ = TransformModule.__hash__  # type: ignore[assignment]
+    __hash__ = TransformModule.__hash__
 
 
 def _check_given(name: str, x: Any, lazy: str) -> None:

@@ -19,12 +19,13 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
     """Requires a context tensor where there are context features, and none where there are none."""
     if context == 0:
         if c is not None:
+            given = f"a tensor of shape {tuple(c.shape)}" if isinstance(c, Tensor) else repr(c)
             raise ValueError(
-                f"The context should be None, as there are no context features, got a tensor of "
-                f"shape {tuple(c.shape)}. A flow scores data x by 'flow().log_prob(x)'."
+                f"'context' should be None, as there are no context features, got {given}. A flow "
+                "scores data x by 'flow().log_prob(x)'."
             )
     elif c is None:
-        raise ValueError(f"The context should be a tensor of shape (*, {context}), got None.")
+        raise ValueError(f"'context' should be a tensor of shape (*, {context}), got None.")
     else:
         check.context(c)
         check.event("context", c, Size([context]))
@@ -49,7 +50,7 @@ def check_activation(
         The constructor of the activation, followed by dropout if the probability is not zero.
     """
     check.real("dropout", dropout, 0.0, 1.0, closed=True)
-    if isinstance(activation, nn.Module):  # which can be called, but not for this
+    if isinstance(activation, nn.Module):  # callable, but not a constructor
         raise TypeError(
             f"'activation' should be a constructor, such as torch.nn.ReLU, got {activation}."
         )
@@ -88,7 +89,7 @@ def _respond(
 def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
     """Requires that an activation is element-wise.
 
-    With an activation that mixes units, such as softmax or layer normalisation, the parameters of a
+    With an activation that mixes units, such as softmax or layer normalization, the parameters of a
     feature would depend on later features. The check changes one unit at a time and looks for
     changes of other units.
 

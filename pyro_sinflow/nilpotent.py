@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .solvers import InversionError, InversionWarning, Solver, missed, record
 
-_FEW = 5  # passes
+_UNTESTED = 5  # the largest number of passes that are done without tests in between
 
 
 def largest(dtype: torch.dtype) -> float:
@@ -92,7 +92,7 @@ def nilpotent_iteration(
     """
     features = prod(x.shape[x.ndim - event_dim :])
     bound = min(features, passes or features)
-    if trusted and bound <= _FEW and solver.max_iter is None:
+    if trusted and bound <= _UNTESTED and solver.max_iter is None:
         # Few passes take less time than a test of whether fewer are enough.
         new = x
         with torch.no_grad():

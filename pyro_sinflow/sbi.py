@@ -43,9 +43,9 @@ def posterior_nn(
             features: :class:`~pyro_sinflow.SinusoidalFlow`, ``functools.partial`` of it with
             other options, or one of zuko's.
         z_score_theta: How parameters are standardized: ``"independent"``, each by itself;
-            ``"structured"``, all by one mean and deviation; ``"transform_to_unconstrained"``, not
-            by their values but by a bijection from the support of ``x_dist``; ``"none"`` or
-            :py:`None`, not at all.
+            ``"structured"``, all by one mean and deviation; ``"transform_to_unconstrained"``, by
+            the bijection from the support of ``x_dist`` to real numbers, without z-scoring;
+            ``"none"`` or :py:`None`, not at all.
         z_score_x: How observations are standardized: ``"independent"``, ``"structured"``,
             ``"none"`` or :py:`None`.
         embedding_net: A network from observations to context features. If :py:`None`, observations

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import isnan, prod
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -191,7 +192,7 @@ def solve_increasing(
     aim, _ = solver.tolerances(eps)
     evaluate = fast or function.evaluate
     if solver.method == "banach":
-        return _banach(evaluate, y, x, aim, solver.max_iter or 100, may_branch)
+        return _banach(function, evaluate, y, x, aim, solver.max_iter or 100, may_branch)
     limit = solver.max_iter or (200 if may_branch else 40)
     # For tolerances below round-off, the error has to be computed from the residual.
     if not may_branch or aim < eps:
@@ -199,13 +200,14 @@ def solve_increasing(
     return _halley(function, evaluate, y, x, aim, limit)
 
 
-def _relative(error: Array, x: Array, y: Array) -> Array:
-    """Returns the largest relative error."""
-    relative = abs(error) / (1 + abs(x) + abs(y))
+def _relative(error: Array, x: Array, y: Array, xp: SimpleNamespace) -> Array:
+    """Returns the largest relative error, of those elements whose values y are finite."""
+    relative = xp.where(y - y == 0, abs(error) / (1 + abs(x) + abs(y)), 0.0)
     return relative.max() if prod(x.shape) else relative.sum()
 
 
 def _banach(
+    function: Sinusoid,
     evaluate: Callable[[Array], tuple[Array, ...]],
     y: Array,
     x: Array,
@@ -216,7 +218,7 @@ def _banach(
     """Runs Algorithm 1 of the paper."""
     for iteration in range(limit + 1):
         error = evaluate(x)[0] - y
-        worst = _relative(error, x, y)
+        worst = _relative(error, x, y, function.xp)
         if iteration == limit or (may_branch and bool(worst <= aim)):
             break
         x = x - error
@@ -286,6 +288,7 @@ def _safeguarded(
     for iteration in range(limit + 1):
         done = abs(error) <= aim * (1 + abs(x) + abs(y))
         done = done | (upper - lower <= 2 * eps * abs(x))  # no floating-point number in between
+        done = done | (error != error)  # NaN has no root
         if iteration == limit or (may_branch and bool(done.all())):
             break
         lower = xp.where(error < 0, x, lower)
@@ -297,7 +300,7 @@ def _safeguarded(
         previous = abs(error)
         value, slope, _ = function.evaluate(x)
         error = value - y
-    return Root(x, iteration, _relative(error, x, y))
+    return Root(x, iteration, _relative(error, x, y, xp))
 
 
 def report(roots: Sequence[Root], elements: int, solver: Solver, eps: float) -> None:

@@ -100,11 +100,6 @@ class TriangularTransform(Bijection):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.map!r})"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TriangularTransform) and self.map == other.map
-
-    __hash__ = None  # type: ignore[assignment]
-
     def _call(self, x: Tensor) -> Tensor:
         return self.map(x)(x)
 
@@ -146,11 +141,6 @@ class Composition(Bijection):
     def __repr__(self) -> str:
         lines = "\n".join(f"({i}): {t}" for i, t in enumerate(self.transforms))
         return f"{type(self).__name__}(\n{indent(lines, '  ')}\n)"
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.transforms == other.transforms
-
-    __hash__ = None  # type: ignore[assignment]
 
     def _checked(self, name: str, x: Any) -> Tensor:
         lifted = super()._checked(name, x)

@@ -171,7 +171,7 @@ def fake(t):
 def check_cuda_graph(s):
     """A graph cannot read values: none are read in the explicit direction."""
     x, c = inputs(s, 5)
-    with mock.patch.object(kernels, "_FEW", -1), pyro.validation_enabled(False):  # without numpy
+    with mock.patch.object(kernels, "_NUMPY", -1), pyro.validation_enabled(False):  # without numpy
         s(x, c)  # the first call finds out about the modules
         with NoReads():
             s(x, c).sum().backward()

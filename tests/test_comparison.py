@@ -97,5 +97,5 @@ def test_bsds300(files, tmp_path):
     for part, pixels in zip(data, parts.values(), strict=False):
         assert part.shape == (len(pixels), 63)
         grey = data.restore(part).double().numpy() * 256
-        centred = pixels - pixels.mean(axis=1, keepdims=True)
-        assert np.abs(grey - centred[:, :-1]).max() < 1.01
+        centered = pixels - pixels.mean(axis=1, keepdims=True)
+        assert np.abs(grey - centered[:, :-1]).max() < 1.01

@@ -76,7 +76,7 @@ GROUPS = {
         Row("meta tensors", "meta", brief=True),
         Row("CUDA", "cuda", ("test_compatibility.py::test_on_a_gpu",), brief=True),
         Row("CUDA graphs", "cuda_graph", ("test_compatibility.py::test_cuda_graph",
-            "test_examples.py::test_a_step_is_that_of_the_optimiser")),
+            "test_examples.py::test_a_step_is_that_of_the_optimizer")),
     ],
     "Modules, files and processes": [
         Row("`pickle`, `deepcopy`, `torch.save` of the object", "copies"),

@@ -19,7 +19,7 @@ FLOWS = {
 
 
 def rows(features, n=2000):
-    """Standardised data with structure, and from which of its two parts each row comes."""
+    """Standardized data with structure, and from which of its two parts each row comes."""
     if features == 2:
         x, label = map(torch.tensor, make_moons(n, noise=0.1, random_state=0))
         label = label[:, None].double()
@@ -34,13 +34,13 @@ def fit(features, options, steps=200):
     """Trains a flow until it beats the normal density of the data's mean and variance."""
     x, label = rows(features)
     flow = SinusoidalFlow(features, transforms=3, hidden_features=(32, 32), **options).double()
-    optimiser = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
     for _ in range(steps):
         batch = torch.randint(len(x), (128,))
         loss = -flow(label[batch] if "context" in options else None).log_prob(x[batch]).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert loss < features * math.log(2 * math.pi * math.e) / 2
     return flow
 

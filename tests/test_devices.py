@@ -286,7 +286,7 @@ def test_densities_make_no_tensors_on_the_cpu(name, gpu):
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_densities_read_no_values_without_validation(name, monkeypatch):
-    monkeypatch.setattr(kernels, "_FEW", -1)  # numpy's arrays are on no device
+    monkeypatch.setattr(kernels, "_NUMPY", -1)  # numpy's arrays are on no device
     flow, c, x = FLOWS[name](), torch.randn(4, 2), torch.randn(4, 3)
     if name == "ConditionalLDU":
         flow = zuko.lazy.Flow([flow.transform.transforms[0]], flow.base)  # the other is an inverse
@@ -300,7 +300,7 @@ def test_densities_read_no_values_without_validation(name, monkeypatch):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_read_no_values_without_validation(name, monkeypatch):
-    monkeypatch.setattr(kernels, "_FEW", -1)
+    monkeypatch.setattr(kernels, "_NUMPY", -1)
     t, x = BLOCKS[name](), torch.randn(4, 3)
     with pyro.validation_enabled(False), NoReads():
         y = t(x)

@@ -188,7 +188,7 @@ GPU = pytest.param(
 
 @pytest.mark.parametrize("captured", [False, GPU])
 @pytest.mark.parametrize("conditioner", ["independent", "autoregressive"])
-def test_a_step_is_that_of_the_optimiser(training, conditioner, captured):
+def test_a_step_is_that_of_the_optimizer(training, conditioner, captured):
     device = "cuda" if captured else "cpu"
 
     def flow_and_loss(batch):
@@ -215,15 +215,15 @@ def test_a_step_is_that_of_the_optimiser(training, conditioner, captured):
             found.append(float(step()))
 
         flow, loss = flow_and_loss(batch)
-        optimiser = torch.optim.AdamW(flow.parameters(), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(flow.parameters(), weight_decay=0.0)
         for i, (rows, lr) in enumerate(zip(batches, rates, strict=True)):
             batch.copy_(rows)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             value = loss()
             value.backward()
             torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.1)
-            optimiser.param_groups[0]["lr"] = lr
-            optimiser.step()
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
             assert i == 0 or found[i - 1] == pytest.approx(float(value.detach()), rel=1e-4)
 
 
@@ -266,8 +266,8 @@ def test_bits_per_dimension_by_hand(example, margin):
     assert ((noise > -1e-3) & (noise < 1 + 1e-3)).all()
 
     uniform = Uniform(torch.zeros(2, 3, 4), torch.ones(2, 3, 4))
-    standardise = torch.distributions.AffineTransform(data.mean, data.std).inv
-    logistic = TransformedDistribution(uniform, [SigmoidTransform().inv, standardise])
+    standardize = torch.distributions.AffineTransform(data.mean, data.std).inv
+    logistic = TransformedDistribution(uniform, [SigmoidTransform().inv, standardize])
     bits = images.bits_per_dimension(Independent(logistic, 3), data.test, brightness)
     assert bits.shape == (20,)
     assert torch.allclose(bits, torch.tensor(math.log2(17 / (1 - 2 * margin))), atol=1e-4)

@@ -134,13 +134,13 @@ def test_a_linear_map_learns_a_correlation():
     mix = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-0.5, 0.8, 0.5]])
     x = torch.randn(2000, 3) @ mix.T
     lazy = LazyLinear(3)
-    optimiser = torch.optim.Adam(lazy.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(lazy.parameters(), lr=0.05)
     normal = torch.distributions.Normal(0.0, 1.0)
     for _ in range(500):
         z, ladj = lazy().call_and_ladj(x)
         loss = -(normal.log_prob(z).sum(dim=-1) + ladj).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     entropy = 1.5 * math.log(2 * math.pi * math.e) + mix.det().log()
     assert abs(loss - entropy) < 0.1

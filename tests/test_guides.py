@@ -79,7 +79,7 @@ def test_starts_as_a_diagonal_normal(blocks):
 def test_fits_where_a_diagonal_normal_does_not():
     guide = Small(correlated)
     losses = fit(correlated, guide, steps=500)
-    assert sum(losses[-50:]) / 50 < 0.1  # the divergence from a normalised target
+    assert sum(losses[-50:]) / 50 < 0.1  # the divergence from a normalized target
     draws = Predictive(correlated, guide=guide, num_samples=2000)()
     assert draws["x"].shape == (2000, 2)
     scale = draws["scale"].log()

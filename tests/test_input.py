@@ -9,12 +9,15 @@ import zuko
 from hypothesis import assume, given
 from torch import nn
 from zuko.flows import MaskedAutoregressiveTransform
+from zuko.transforms import AdditiveTransform
 
 from pyro_sinflow import (
     LDU,
     ConditionalLDU,
     FastInverse,
+    LazyTriangular,
     LDUTransform,
+    MaskedNetwork,
     Sinusoidal,
     SinusoidalFlow,
     SinusoidalTransform,
@@ -276,6 +279,10 @@ def test_with_cache(cache_size):
             t.with_cache(cache_size)
 
 
+def triangular():
+    return LazyTriangular(MaskedNetwork(3, 2), 3, AdditiveTransform, [()])
+
+
 CONDITIONALS = {
     "ConditionalLDU": ConditionalLDU(3, 2),
     "inv": ConditionalLDU(3, 2).inv,
@@ -285,6 +292,9 @@ CONDITIONALS = {
     "SinusoidalFlow": lambda c: SinusoidalFlow(3, 2)(c).log_prob(torch.zeros(3)),
     "sample": lambda c: SinusoidalFlow(3, 2)(c).sample(),
     "independent": lambda c: independent(3, 2)(c).log_prob(torch.zeros(3)),
+    "LazyTriangular": lambda c: triangular()(c)(torch.zeros(3)),
+    "few rows": lambda c: triangular()(c).inv(torch.zeros(2, 3)),
+    "many rows": lambda c: triangular()(c).inv(torch.zeros(500, 3)),
 }
 
 
@@ -319,8 +329,9 @@ def test_context(name, context, error, message):
     ],
 )
 def test_superfluous_context(conditional):
-    with pytest.raises(ValueError, match="context should be None"):
-        conditional(torch.zeros(2))
+    for context, shown in ((torch.zeros(2), r"a tensor of shape \(2,\)"), ([1.0], r"\[1\.0\]")):
+        with pytest.raises(ValueError, match=f"'context' should be None, .* got {shown}"):
+            conditional(context)
     conditional(None)
 
 

@@ -35,7 +35,7 @@ def use(monkeypatch):
         if way == "plain":
             monkeypatch.setattr(kernels, "can_fuse", lambda *_: False)
         else:
-            monkeypatch.setattr(kernels, "_FEW", 2**62 if way == "numpy" else -1)
+            monkeypatch.setattr(kernels, "_NUMPY", 2**62 if way == "numpy" else -1)
 
     return choose
 
@@ -206,7 +206,7 @@ def test_each_number_has_its_root(way, parameters, y):
         if way == "plain":
             patch.setattr(kernels, "can_fuse", lambda *_: False)
         else:
-            patch.setattr(kernels, "_FEW", 2**62 if way == "numpy" else -1)
+            patch.setattr(kernels, "_NUMPY", 2**62 if way == "numpy" else -1)
         root = invert(target, p, MIN_SLOPE, Solver())
         value, _ = evaluate(root, p, MIN_SLOPE)
     assert (value - target).abs() <= 7e-15 * (1 + target.abs() + root.abs())

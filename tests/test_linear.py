@@ -282,12 +282,10 @@ def test_contract(name):
     assert t.sign == 1
     assert t.inv.inv is t
     assert t.forward_shape((5, 3)) == t.inverse_shape((5, 3)) == (5, 3)
-    (parameter,) = (v for v in vars(t).values() if isinstance(v, torch.Tensor))
-    assert t == type(t)(parameter.clone())
-    assert t != type(t)(parameter + 1)
-    assert t != MAKE["Asinh" if name == "Linear" else "Linear"]()
     assert t.inv == t.inv
-    assert pickle.loads(pickle.dumps(t)) == copy.deepcopy(t) == t
+    x = torch.randn(5, 3).double()
+    for again in (pickle.loads(pickle.dumps(t)), copy.deepcopy(t)):
+        assert torch.equal(again(x), t(x))
     cached = t.with_cache()
     y = cached(x)
     assert cached.inv(y) is x
@@ -317,7 +315,6 @@ def test_the_rate_and_the_start_of_b(rate):
     t = Asinh(p, rate=rate, start=0.7)
     for a, b in zip(t.call_and_ladj(x), Asinh(rate * p + 0.7).call_and_ladj(x), strict=True):
         assert torch.allclose(a, b, atol=1e-12)
-    assert t != Asinh(p, rate=rate) != Asinh(p)
 
 
 @pytest.mark.parametrize("name", LAZY)
@@ -341,10 +338,11 @@ def test_transforms_that_are_kept_follow_their_parameters(name):
 @pytest.mark.parametrize("name", LAZY)
 def test_lazy_transforms(name):
     lazy, x = perturb(LAZY[name]()), torch.randn(5, 3)
-    assert lazy() == lazy(torch.randn(5, 2))  # without regard for the context
+    assert torch.equal(lazy()(x), lazy(torch.randn(5, 2))(x))  # without regard for the context
     assert torch.equal(lazy.inv()(x), lazy().inv(x))
     again = pickle.loads(pickle.dumps(lazy))
-    assert again() == copy.deepcopy(lazy)() == lazy()
+    for copied in (again, copy.deepcopy(lazy)):
+        assert torch.equal(copied()(x), lazy()(x))
     lazy()(x).sin().sum().backward()
     assert all(p.grad is not None for p in lazy.parameters())
     assert LAZY[name]().double()()(x.double()).dtype == torch.float64

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import warnings
 import weakref
 from functools import partial
 
@@ -138,6 +139,21 @@ def test_nan_stays_with_its_event_where_validation_is_off(rows):
     assert torch.allclose(x[keep], expected[keep], atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("make", [LDU, Sinusoidal])
+@pytest.mark.parametrize("rows", [4, 5000])  # by numpy, and by torch
+def test_nan_takes_no_further_iterations(rows, make, bad):
+    t, y = perturb(make(3)), torch.randn(rows, 3)
+    with record_inversions() as expected:
+        t.inv(y)
+    y[1, 2] = bad
+    with pyro.validation_enabled(False), warnings.catch_warnings(), record_inversions() as found:
+        warnings.simplefilter("error")
+        assert not t.inv(y)[1].isfinite().all()
+    most = max(i.iterations for i in expected)
+    assert max(i.iterations for i in found) <= most + 4
+
+
 def test_a_trajectory_that_diverges_is_rejected():
     prior = ldu(2).requires_grad_(False)
 
@@ -266,7 +282,7 @@ def test_auto_normalizing_flow_and_neutra(scale):
     guide = AutoNormalizingFlow(target, partial(iterated, 2, ldu, scale=scale))
     svi = SVI(target, guide, Adam({"lr": 1e-2}), Trace_ELBO(4, vectorize_particles=True))
     losses = [svi.step() for _ in range(300)]
-    assert sum(losses[-50:]) / 50 < 0.3 < losses[0]  # the divergence from a normalised target
+    assert sum(losses[-50:]) / 50 < 0.3 < losses[0]  # the divergence from a normalized target
     posterior = Predictive(target, guide=guide, num_samples=1000)()["x"]
     assert posterior.shape == (1000, 2)
 

@@ -8,6 +8,7 @@ import torch
 import zuko
 from conftest import perturb, residual
 from torch import nn
+from torch.distributions import AffineTransform
 
 from pyro_sinflow import (
     LDU,
@@ -231,6 +232,42 @@ def test_wrong_sizes_are_not_its_business(name, calls):
         with pytest.raises((ValueError, RuntimeError), match=r"\(50, 12\)|50x12"):
             t.inv(torch.randn(50, 12))
         assert len(calls) == made
+
+
+@pytest.mark.parametrize("rows", [2, 500])
+@pytest.mark.parametrize("c", [None, torch.zeros(3)])
+def test_a_missing_or_wrong_context_is_an_error(c, rows):
+    """Not the samples of a context of zeros."""
+    flow = zuko.flows.MAF(3, context=2)
+    for wrapped in (flow, fast_inverse(flow)):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            wrapped(c).sample((rows,))
+
+
+def test_a_function_gets_the_parameters_of_all_features(calls):
+    scale = torch.tensor([0.5, 1.0, 2.0])
+    network = perturb(MaskedNetwork(3))
+    t = LazyTriangular(network, 3, lambda shift: AffineTransform(shift, scale), [()])()
+    for rows in (2, 3, 1000):
+        y = torch.randn(rows, 3)
+        with torch.no_grad():
+            assert residual(t, t.inv(y), y) <= 1e-5
+    assert not calls
+
+
+def test_a_subclass_with_another_constructor():
+    class Twice(zuko.lazy.LazyComposedTransform):
+        def __init__(self, features):
+            make = zuko.flows.MaskedAutoregressiveTransform
+            super().__init__(make(features), make(features))
+
+    flow = zuko.lazy.Flow(perturb(Twice(3), 0.1), zuko.flows.MAF(3).base)
+    fast = fast_inverse(flow)
+    assert type(fast.transform) is Twice
+    assert all(isinstance(part, FastInverse) for part in fast.transform.transforms)
+    assert not any(isinstance(part, FastInverse) for part in flow.transform.transforms)
+    x = torch.randn(5, 3)
+    assert torch.equal(fast().log_prob(x), flow().log_prob(x))
 
 
 def test_runs_in_inference_mode():

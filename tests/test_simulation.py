@@ -118,7 +118,7 @@ def test_slcp_is_that_of_sbibm(example):
     assert x.shape == (50_000, 8)
     s1, s2, rho = a**2, b**2, math.tanh(r)
     covariance = torch.tensor([[s1**2, rho * s1 * s2], [rho * s1 * s2, s2**2]])
-    # Standardised by sbibm's mean and covariance, draws are standard normal and independent.
+    # Standardized by sbibm's mean and covariance, draws are standard normal and independent.
     expected = MultivariateNormal(torch.tensor([m1, m2]), covariance)
     z = torch.linalg.solve_triangular(
         expected.scale_tril, (x.view(-1, 4, 2) - expected.loc).mT, upper=False
@@ -130,7 +130,7 @@ def test_slcp_is_that_of_sbibm(example):
 def test_c2st(example):
     c2st = example("simulators").c2st
     torch.manual_seed(0)
-    units = torch.tensor([1.0, 1e-4])  # which should not matter, because it standardises
+    units = torch.tensor([1.0, 1e-4])  # which should not matter, because it standardizes
     x, y = torch.randn(2, 100, 2)
     assert c2st(x * units, y * units) == pytest.approx(0.5, abs=0.12)
     assert c2st(x * units, (y + torch.tensor([0.0, 6.0])) * units) > 0.97

@@ -1,6 +1,5 @@
 """SinusoidalTransform: its contract, its inverse at every extreme, and its formula."""
 
-import copy
 import math
 import pickle
 
@@ -137,6 +136,19 @@ def test_log_determinant():
     assert torch.allclose(back.sum(), slogdet(t.inv, y, 1), atol=1e-10)
 
 
+def test_a_view_with_the_negative_bit():
+    t = SinusoidalTransform(*draw(2))
+    x = torch.randn(5, 2, dtype=torch.complex128).conj().imag
+    assert x.is_neg()
+    assert torch.equal(t(x), t(x.clone()))
+
+
+def test_the_shapes_of_values_and_parameters_broadcast():
+    t = SinusoidalTransform(*(p.unsqueeze(0) for p in draw(2)))
+    x = torch.randn(2).double()
+    assert t(x).shape == t.inv(x).shape == (1, 2)
+
+
 def test_contract():
     p = draw(2)
     t = SinusoidalTransform(*p)
@@ -147,9 +159,6 @@ def test_contract():
     assert t.event_dim == 0
     assert t.inv.inv is t
     assert t.inv == t.inv
-    assert t == SinusoidalTransform(*copy.deepcopy(p))
-    assert t != SinusoidalTransform(*p, min_slope=1e-2)
-    assert t != SinusoidalTransform(*p[:4], p[4] + 1)
     assert t.forward_shape((5, 1)) == t.inverse_shape((5, 1)) == (5, 1)  # as zuko's do
     assert repr(t) == "SinusoidalTransform(components: 3, batch_shape: (2,))"
     assert t.with_cache(0) is t
@@ -158,7 +167,7 @@ def test_contract():
     y = cached(x)
     assert cached.inv(y) is x
     assert cached(x) is y  # which the transform has returned by now
-    assert pickle.loads(pickle.dumps(t)) == t
+    assert torch.equal(pickle.loads(pickle.dumps(t))(x), t(x))
 
 
 @pytest.mark.parametrize(
@@ -245,8 +254,6 @@ def test_module_owns_its_parameters():
     }
     x = torch.randn(4, 2, 3)
     assert torch.equal(t(x), x)  # it starts as the identity
-    assert t == t
-    assert t != Sinusoidal((2, 3), components=5)
     assert {t: 1}[t] == 1
 
 

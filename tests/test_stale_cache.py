@@ -14,6 +14,7 @@ from pyro_sinflow import (
     LDU,
     LDUTransform,
     MaskedNetwork,
+    Sinusoidal,
     SinusoidalTransform,
     TriangularTransform,
     conditional_ldu,
@@ -96,6 +97,34 @@ def test_the_cache_sees_the_parts_of_a_block():
     before = t(x).clone()
     scale.mul_(2.0)
     assert torch.allclose(t(x), 2 * before)
+
+
+def test_the_cache_sees_what_a_conditioner_holds():
+    shifts, listed, count = {"of": torch.zeros(3)}, [torch.zeros(3)], 0.0
+
+    def conditioner(x):
+        return AdditiveTransform(shifts["of"] + listed[0] + count)
+
+    t = TriangularTransform(conditioner, cache_size=1)
+    x = torch.randn(5, 3)
+    y = t(x)
+    assert t.inv(y) is x
+    shifts["of"].add_(1.0)
+    assert torch.allclose(t(x), x + 1)
+    listed[0] = torch.ones(3)
+    assert torch.allclose(t(x), x + 2)
+    shifts["of"] = torch.zeros(3)
+    assert torch.allclose(t(x), x + 1)
+    count = 1.0
+    assert torch.allclose(t(x), x + 2)
+
+
+def test_the_cache_sees_numbers():
+    t = perturb(Sinusoidal(3))
+    x = torch.randn(5, 3)
+    y = t(x)
+    t.min_slope = 0.5
+    assert torch.equal(t.log_abs_det_jacobian(x, y), t.with_cache(0).log_abs_det_jacobian(x, y))
 
 
 def test_threads_share_a_cache():

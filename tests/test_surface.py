@@ -253,6 +253,23 @@ def test_a_univariate_by_hand():
     assert "SinusoidalTransform" in repr(t())
 
 
+def test_wrong_arguments_of_a_lazy_triangular_transformation():
+    network = MaskedNetwork(3)
+    for arguments, message in (
+        ((None, 3, ADDITIVE, [()]), "'network' should be a Module, got NoneType"),
+        ((network, 3, ADDITIVE, 2), "'shapes' should be a sequence of shapes, got 2"),
+        ((network, 3, ADDITIVE, [2]), "'shapes' should be a sequence of integers, got 2"),
+        ((network, 3, 2, [()]), "'univariate' should be callable, got 2"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            LazyTriangular(*arguments)
+    t = LazyTriangular(network, 3, lambda shift: shift, [()])()
+    for function in (t, t.inv):
+        for rows in (2, 1000):
+            with pytest.raises(TypeError, match="'univariate' should return a Transform, got Ten"):
+                function(torch.randn(rows, 3))
+
+
 REFERENCE = (Path(__file__).parent.parent / "docs" / "reference.rst").read_text()
 EXCEPTIONS = ("InversionError", "InversionWarning")
 

@@ -231,10 +231,10 @@ def test_records_inside_of_records():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": False}, "'scale' is an option of conditioner='independent'"),
+        ({"scale": False}, "'scale' should be True for conditioner='autoregressive', got False"),
         (
             {"context_diagonal": True},
-            "'context_diagonal' is an option of conditioner='independent'",
+            "'context_diagonal' should be False for conditioner='autoregressive', got True",
         ),
         ({"network": lambda *args, **kwargs: nn.Identity()}, r"'set_bias\(bias\)'.*got Identity"),
         ({"residual": "no"}, "'residual' should be True or False, got 'no'"),

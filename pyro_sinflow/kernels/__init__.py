@@ -36,7 +36,7 @@ from . import eager
 
 R = TypeVar("R")
 
-_FEW = 2**16  # largest temporary for which numpy is faster, if parameters are shared
+_NUMPY = 2**16  # largest temporary for which numpy is faster, if parameters are shared
 _BLOCK = 2**22  # elements of temporaries that fit in the processor's cache
 
 
@@ -55,7 +55,7 @@ def evaluate(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, T
         empty = x + parameters.sum()
         return empty, empty
     if not can_fuse(x, parameters):
-        return eager.plain(x, parameters, min_slope)
+        return eager.differentiable(x, parameters, min_slope)
     if x.numel() * prod(parameters.shape[-2:]) > _BLOCK and not _triton(x, parameters):
         blocks = [evaluate(*block, min_slope) for block in _blocks(x, parameters)]
         if len(blocks) > 1:
@@ -93,9 +93,9 @@ def _broadcast(x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     batch, event = parameters.shape[:cut], parameters.shape[cut:]
     if x.shape[max(x.ndim - cut, 0) :] == batch:
         return x, parameters
+    shape = torch.broadcast_shapes(x.shape, batch)
     while batch and batch[0] == 1:
         batch = batch[1:]
-    shape = torch.broadcast_shapes(x.shape, batch)
     if shape[len(shape) - len(batch) :] == batch:
         return x.expand(shape), parameters.reshape(*batch, *event)
     return x.expand(shape), parameters.expand(*shape, *event)
@@ -147,9 +147,9 @@ def _run(function: Callable[..., R], *tensors: Tensor) -> R:
     x, parameters, *_ = tensors
     own = x.ndim == parameters.ndim - 2
     size = x.numel() * parameters.shape[-1]
-    if x.device.type == "cpu" and size <= (_FEW >> 3 if own else _FEW):
+    if x.device.type == "cpu" and size <= (_NUMPY >> 3 if own else _NUMPY):
         with np.errstate(all="ignore"):
-            return function(*[t.detach().numpy() for t in tensors], xp=NUMPY)
+            return function(*[t.detach().resolve_neg().numpy() for t in tensors], xp=NUMPY)
     with without_autocast(x):
         return function(*[t.detach() for t in tensors], xp=TORCH)
 
@@ -211,8 +211,8 @@ class _Evaluate(Function):
         gy = torch.zeros_like(x) if gy is None else gy
         gl = torch.zeros_like(x) if gl is None else gl
         if torch.is_grad_enabled() or not can_fuse(gy, gl):
-            plain = partial(eager.plain, min_slope=ctx.min_slope)
-            return *vjp(plain, (x, parameters), (gy, gl)), None
+            function = partial(eager.differentiable, min_slope=ctx.min_slope)
+            return *vjp(function, (x, parameters), (gy, gl)), None
         return *_backward(ctx.arrays or saved, ctx.min_slope, x, parameters, gy, gl), None
 
 
@@ -264,6 +264,6 @@ def _invert_plain(y: Tensor, parameters: Tensor, min_slope: float, solver: Solve
     compiling = torch.compiler.is_compiling()
     steps = torch.is_grad_enabled() if compiling else (differentiation_levels() + 2).bit_length()
     for _ in range(steps):
-        value, ladj = eager.plain(x, parameters, min_slope)
+        value, ladj = eager.differentiable(x, parameters, min_slope)
         x = x - (value - y) * (-ladj.detach() if compiling else -ladj).exp()
     return x

@@ -23,7 +23,7 @@ from ..arrays import PLAIN, Array
 from ..sinusoid import Chain, bound, constrain, sinusoids
 from ..solvers import Root, Solver, solve_increasing
 
-_FEW = 32  # components up to which matrix products, which sum sequentially, are accurate
+_PRODUCT = 32  # components up to which matrix products, which sum sequentially, are accurate
 
 
 def arrange(x: Array, batch: Sequence[int]) -> Array:
@@ -48,7 +48,7 @@ def restore(x: Array, shape: Sequence[int]) -> Array:
     return x.swapaxes(0, 2).reshape(shape)
 
 
-def plain(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, Tensor]:
+def differentiable(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, Tensor]:
     """Returns value and log-slope, in operations that torch can transform."""
     value, raw = arrange_all(x, parameters, PLAIN)
     ladj = torch.zeros_like(value)
@@ -137,7 +137,7 @@ class _Product(NamedTuple):
 
 
 def _by_products(chain: Chain) -> bool:
-    return chain.frequency.shape[3] == 1 and chain.frequency.shape[2] <= _FEW
+    return chain.frequency.shape[3] == 1 and chain.frequency.shape[2] <= _PRODUCT
 
 
 def _functions(

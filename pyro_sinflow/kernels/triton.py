@@ -270,8 +270,9 @@ def _solve(
         x = tl.where(done | (left == 0), x, new)
         iterations += tl.minimum(left, 1)
     relative = tl.abs(error) / (1 + tl.abs(x) + tl.abs(y))
+    relative = tl.where(relative == relative, relative, float("inf"))
     x = tl.where(error == error, x, error)
-    return x, tl.where(relative == relative, relative, float("inf")), iterations
+    return x, tl.where(y - y == 0, relative, 0.0), iterations  # of values that are finite
 
 
 @triton.jit(do_not_specialize=["rows", "period"])

@@ -320,8 +320,8 @@ def test_guide(benchmark, name):
     pyro.set_rng_seed(0)
     model = hierarchical()
     guide = GUIDES[name](model)
-    optimiser = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.02**1e-3})  # to a fiftieth
-    svi = pyro.infer.SVI(model, guide, optimiser, pyro.infer.Trace_ELBO())
+    optimizer = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.02**1e-3})  # to a fiftieth
+    svi = pyro.infer.SVI(model, guide, optimizer, pyro.infer.Trace_ELBO())
     for _ in range(1000):
         svi.step()
     benchmark.extra_info["ELBO"] = -sum(svi.evaluate_loss() for _ in range(200)) / 200

@@ -75,7 +75,7 @@ def gradients(outputs, inputs):
 
 
 def log_prob_step(flow, x):
-    """Returns a training step without the optimiser."""
+    """Returns a training step without the optimizer."""
     return gradients(lambda: [-flow().log_prob(x).mean()], [*flow.parameters()])
 
 

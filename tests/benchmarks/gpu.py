@@ -82,7 +82,7 @@ def ratio(function: Callable[[], Any], unit: Callable[[], Any], sizes: Sizes) ->
 
 
 def rows_of(root: Path | None, sizes: Sizes) -> Tensor:
-    """Returns standardised rows: patches of BSDS300, or where there is no folder, synthetic ones.
+    """Returns standardized rows: patches of BSDS300, or where there is no folder, synthetic ones.
 
     Patches are prepared as Papamakarios et al. (2017) did: with uniform noise on the levels of
     grey, without their mean and their last pixel.

@@ -66,7 +66,7 @@ def invert(flow, z):
 
 
 def train(flow, x):
-    """Makes a training step, but for the optimiser."""
+    """Makes a training step, but for the optimizer."""
     flow.zero_grad()
     flow().log_prob(x).mean().backward()
 
