@@ -143,7 +143,7 @@ def run_fit(
     try:
         steps, spent = fit(posterior.model, q, rate, **budget)
         result, samples = score(posterior, q, args.draws)
-    except ValueError as error:  # of a guide that has reached NaN
+    except (ValueError, torch.linalg.LinAlgError) as error:  # of a guide that has diverged
         result, samples = {"failed": str(error).partition("\n")[0]}, torch.empty(0)
     else:
         result |= {"steps": steps, "seconds": spent}
