@@ -14,7 +14,7 @@ from zuko.utils import unpack
 
 from . import _validate as check
 from ._torch import autocasting, can_fuse
-from .bijection import inverse
+from .bijection import Bijection, inverse
 from .sequential import StagedEvaluation, Stages, WholeEvaluation, stages_of
 
 # Minimum rows, per stage and in all, for which forward substitution is faster than full passes.
@@ -98,7 +98,7 @@ class NetworkMap(AutoregressiveMap):
         conditioner: A function that takes x and returns the element-wise increasing :math:`\tau`.
         module: The module that owns the parameters.
         network: Its network, whose input is the features followed by the context, or :py:`None` if
-            the network is not known.
+            the network is not known, or ``univariate`` cannot be applied to some of the features.
         univariate: The constructor of :math:`\tau`.
         shapes: The shapes of its arguments, for one feature.
         c: The context, or :py:`None`.
@@ -140,8 +140,6 @@ class NetworkMap(AutoregressiveMap):
         if c is not None:
             batch = check.broadcast(y=batch, context=c.shape[:-1])
         if self.network is None or autocasting(y.device.type):
-            return None
-        if not treats_features_alike(self.univariate):
             return None
         if not can_fuse(y) or (c is not None and not can_fuse(c)):
             return None
@@ -213,7 +211,8 @@ class FrozenInverse:
             [len(s) for s in self.stages.stages[1:]], dim=1
         ):
             h = evaluation.advance(x).view(targets.shape[1], -1, self.rows).permute(2, 0, 1)
-            x = inverse(self.univariate(*self.split(h)), targets).t()
+            tau = self.univariate(*self.split(h))
+            x = (tau._inverse(targets) if isinstance(tau, Bijection) else tau.inv(targets)).t()
             parts.append(x)
         x = self.targets.new_empty(len(order), self.rows).index_copy_(0, order, torch.cat(parts))
         return x.t().reshape(self.y.shape)

@@ -15,7 +15,7 @@ from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, LazyTransform
 from zuko.transforms import AutoregressiveTransform
 
 from . import _validate as check
-from .autoregressive import NetworkMap
+from .autoregressive import NetworkMap, treats_features_alike
 from .lazy import Lazy
 from .networks import weight_dtype
 from .solvers import Solver
@@ -73,7 +73,7 @@ class FastInverse(Lazy):
         function = NetworkMap(
             partial(_in_network_dtype, t.meta, lazy.hyper),
             lazy,
-            lazy.hyper if standard else None,
+            lazy.hyper if standard and treats_features_alike(lazy.univariate) else None,
             lazy.univariate,
             lazy.shapes,
             c,

@@ -15,12 +15,12 @@ from zuko.nn import MLP, MaskedMLP
 
 from . import _validate as check
 from ._torch import can_branch_on
-from .autoregressive import NetworkMap, name_of, splitter
+from .autoregressive import NetworkMap, name_of, splitter, treats_features_alike
 from .bijection import at_least_float32
 from .element_wise import Affine, Asinh, SinusoidalChain
 from .linear import Linear
 from .masks import masked_mlp
-from .networks import MaskedNetwork, check_context, check_triangular, weight_dtype
+from .networks import MaskedNetwork, check_context, check_triangular
 from .pixelcnn import PixelCNN
 from .solvers import Solver
 from .transforms import TriangularTransform
@@ -106,6 +106,7 @@ class LazyTriangular(Lazy):
         self.split = splitter(self.shapes)
         self.solver = check.instance("solver", solver, Solver)
         self._checked = isinstance(network, MaskedNetwork | PixelCNN)  # triangular by their masks
+        self._has_stages = type(network) is MaskedNetwork and treats_features_alike(univariate)
 
     def extra_repr(self) -> str:
         """Shows the univariate transformation and the shapes of its arguments."""
@@ -131,10 +132,12 @@ class LazyTriangular(Lazy):
 
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""
-        network = self.network if type(self.network) is MaskedNetwork else None
-        if network is not None and (c is not None or network.context):
-            check_context(c, network.context, weight_dtype(network))
-        passes = self.network.passes if isinstance(self.network, MaskedNetwork) else None
+        network = self.network if self._has_stages else None
+        passes = None
+        if isinstance(self.network, MaskedNetwork):
+            passes = self.network.passes
+            if c is not None or self.network.context > 0:
+                check_context(c, self.network.context, self.network.bias.dtype)
         meta, features = partial(self.meta, c), self.features
         function = NetworkMap(
             meta, self, network, self.univariate, self.shapes, c, features, passes

@@ -26,6 +26,8 @@ def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
         raise TypeError(f"'order' should hold {n} integers, got {order!r}.") from error
     if ranks.is_floating_point() or ranks.dtype == torch.bool:
         raise TypeError(f"'order' should hold {n} integers, got {order}.")
+    if len(ranks) != n:
+        raise ValueError(f"'order' should hold {n} integers, got {order}.")
     if sorted(ranks.tolist()) != list(range(n)):
         raise ValueError(f"'order' should be a permutation of 0, ..., {n - 1}, got {order}.")
     return ranks.long()

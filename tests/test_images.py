@@ -208,10 +208,10 @@ def test_wrong_input():
     with pytest.raises(TypeError, match=r"'x' should have the parameters' dtype torch\.float32"):
         net(x.double(), c)
     with pytest.raises(
-        ValueError, match=r"context should be a tensor of shape \(\*, 3\), got None"
+        ValueError, match=r"'context' should be a tensor of shape \(\*, 3\), got None"
     ):
         net(x)
     with pytest.raises(ValueError, match=r"'context' should have shape \(\*, 3\), got \(2,\)"):
         net(x, torch.zeros(2))
-    with pytest.raises(ValueError, match="context should be None"):
+    with pytest.raises(ValueError, match="'context' should be None"):
         PixelCNN((2, 3, 4))(x, c)
