@@ -72,7 +72,9 @@ def mnist(root: Path | None) -> list[np.ndarray]:
     names = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
     path = find(root, names[0], f"{names[0]}.gz", "mnist.npz")
     if path.suffix == ".npz":
-        train, test = read_arrays(path, "train_x", "test_x")
+        arrays = read_arrays(path, "train_x", "test_x")
+        rng = np.random.default_rng(0)  # such files may be sorted by digit
+        train, test = (rng.permutation(images) for images in arrays)
     else:
         train, test = read_idx(path), read_idx(find(root, names[1], f"{names[1]}.gz"))
     train, test = train[:, None], test[:, None]

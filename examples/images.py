@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,11 @@ CNN: dict[str, Any] = {
     "network": PixelCNN,
     "hidden_features": (16, 16),
     "residual": True,
+}
+FLOWS: dict[str, Callable[..., Flow]] = {
+    "PixelCNN": partial(SinusoidalFlow, scale=False, **CNN),
+    "PixelCNN, scale": partial(SinusoidalFlow, scale=True, activation=nn.Tanh, **CNN),
+    "masked MLP": partial(SinusoidalFlow, scale=False, **PAPER),
 }
 
 
@@ -137,28 +143,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits the flows, prints the table and draws the samples."""
     parser = arguments(__doc__, "folder for picture, results and checkpoints")
     add_options(parser)
+    parser.add_argument(
+        "--flows", nargs="+", choices=FLOWS, default=[*FLOWS], help="(default: all)"
+    )
     args = parser.parse_args(argv)
 
     preset = preset_of(args)
     parts = preset.read(args.data_root)
     data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
-    blocks: dict[str, Any] = {"transforms": preset.blocks}
     shape = data.train.shape[1:]
-    flows: dict[str, Callable[[], Flow]] = {
-        "PixelCNN": lambda: SinusoidalFlow(shape, scale=False, **CNN, **blocks),
-        "PixelCNN, scale": lambda: SinusoidalFlow(
-            shape, scale=True, activation=nn.Tanh, **CNN, **blocks
-        ),
-        "masked MLP": lambda: SinusoidalFlow(shape, scale=False, **PAPER, **blocks),
-    }
 
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
     panels = {"held-out": data.test[:100]}
-    for name, make in flows.items():
+    for name in args.flows:
         torch.manual_seed(args.seed)
         file = args.out / f"{args.data}, {name}, seed {args.seed}.pt"
-        flow = fit(f"{args.data}, {name}", make(), data, preset.budget, file)
+        made = FLOWS[name](shape, transforms=preset.blocks)
+        flow = fit(f"{args.data}, {name}", made, data, preset.budget, file)
         with torch.no_grad(), record_inversions() as inversions:
             panels[name] = flow().sample((100,))
         passes = [i.iterations for i in inversions if i.problem == "triangular"]

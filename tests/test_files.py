@@ -34,11 +34,17 @@ def test_mnist(example, tmp_path, suffix):
 
 
 def test_mnist_as_arrays(example, tmp_path):
-    arrays = np.random.default_rng(0).integers(0, 256, (10_012, 28, 28), dtype=np.uint8)
-    np.savez(tmp_path / "mnist.npz", train_x=arrays[:-5], test_x=arrays[-5:])
-    train, validation, test = example("files").mnist(tmp_path)
-    assert np.array_equal(np.concatenate((train, validation, test))[:, 0], arrays)
-    assert (len(validation), len(test)) == (10_000, 5)
+    # Sorted, as the digits are in some files.
+    arrays = np.arange(20_000, dtype=np.uint16).repeat(28 * 28).reshape(-1, 28, 28)
+    np.savez(tmp_path / "mnist.npz", train_x=arrays[:-50], test_x=arrays[-50:])
+    train, validation, test = (x[:, 0, 0, 0] for x in example("files").mnist(tmp_path))
+    assert (len(validation), len(test)) == (10_000, 50)
+    assert np.array_equal(np.sort(np.concatenate((train, validation))), np.arange(19_950))
+    assert np.array_equal(np.sort(test), np.arange(19_950, 20_000))
+    for part in (validation, test):
+        assert part.min() < np.median(part) < part.max()
+        assert not (np.diff(part.astype(int)) > 0).all()
+    assert np.median(validation) < 15_000  # and not the last rows alone
 
 
 @pytest.mark.parametrize(
