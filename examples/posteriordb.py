@@ -143,6 +143,8 @@ def run_fit(
     try:
         steps, spent = fit(posterior.model, q, rate, **budget)
         result, samples = score(posterior, q, args.draws)
+        if math.isnan(result["elbo"]):
+            raise ValueError("The ELBO is NaN.")
     except (ValueError, torch.linalg.LinAlgError) as error:  # of a guide that has diverged
         result, samples = {"failed": str(error).partition("\n")[0]}, torch.empty(0)
     else:
@@ -183,9 +185,8 @@ def fit_all(args: argparse.Namespace) -> Results:
 
 
 def elbo_of(fit: Fit) -> float:
-    """Returns the ELBO of a fit, minus infinity if it has failed or is NaN."""
-    elbo = fit.get("elbo", -math.inf)
-    return -math.inf if math.isnan(elbo) else elbo
+    """Returns the ELBO of a fit, minus infinity if it has failed."""
+    return fit.get("elbo", -math.inf)
 
 
 def run_nuts(name: str, results: Results, args: argparse.Namespace) -> None:
