@@ -65,7 +65,7 @@ class LazyTriangular(Lazy):
         features: The shape of an event.
         univariate: The constructor of :math:`\tau`, a :class:`torch.distributions.Transform` that
             acts on each number by itself. It gets a tensor for each of ``shapes``. A class, which
-            numbers may be bound to by :class:`functools.partial`, should treat all features alike:
+            numbers may be bound to by ``functools.partial``, should treat all features alike:
             the inverse of large batches applies it to some features at a time. Any other function
             gets the parameters of all features at once.
         shapes: The shapes of the arguments of ``univariate``, for one feature.
