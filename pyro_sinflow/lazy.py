@@ -137,7 +137,7 @@ class LazyTriangular(Lazy):
         if isinstance(self.network, MaskedNetwork):
             passes = self.network.passes
             if c is not None or self.network.context > 0:
-                check_context(c, self.network.context, self.network.bias.dtype)
+                check_context(c, self.network.context, self.network.dtype)
         meta, features = partial(self.meta, c), self.features
         function = NetworkMap(
             meta, self, network, self.univariate, self.shapes, c, features, passes

@@ -250,6 +250,11 @@ class MaskedNetwork(nn.Module):
         """The bias of the last layer."""
         return self.constant if self.mlp is None else self.mlp[-1].bias
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.constant.dtype if self.mlp is None else weight_dtype(self.mlp)
+
     def set_bias(self, bias: Tensor) -> None:
         r"""Sets the bias of the outputs.
 
@@ -274,8 +279,7 @@ class MaskedNetwork(nn.Module):
                 without context features.
             TypeError: If x or c has the wrong dtype.
         """
-        n, mlp = len(self.features), self.mlp
-        dtype = self.constant.dtype if mlp is None else weight_dtype(mlp)
+        n, mlp, dtype = len(self.features), self.mlp, self.dtype
         if x.shape[-n:] != self.features or x.dtype != dtype:
             check.event("x", x, self.features)
             check.dtype("x", x, dtype)
