@@ -18,11 +18,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from images import CNN, add_options, prepare, preset_of, sheet
+from images import FLOWS, add_options, prepare, preset_of, sheet
 from torch import Tensor
 from training import arguments, fit, print_table, seconds
 
-from pyro_sinflow import InversionWarning, SinusoidalFlow, Solver
+from pyro_sinflow import InversionWarning, Solver
 
 METHODS = {"Algorithm 1": "banach", "default": "default"}
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = preset.read(args.data_root)
     data, brightness = prepare(parts, preset.levels, preset.margin, args.seed)
     shape = data.train.shape[1:]
-    make = partial(SinusoidalFlow, shape, transforms=preset.blocks, scale=False, **CNN)
+    make = partial(FLOWS["PixelCNN"], shape, transforms=preset.blocks)
     torch.manual_seed(args.seed)
     checkpoint = args.out / f"{args.data}, PixelCNN, seed {args.seed}.pt"
     fitted = fit(f"{args.data}, PixelCNN", make(), data, preset.budget, checkpoint)
