@@ -196,7 +196,7 @@ def run_nuts(name: str, results: Results, args: argparse.Namespace) -> None:
     reference = flatten(posterior.draws, sites)
     std, mean = torch.std_mean(reference, dim=0)
     found = {}
-    for method in ("NUTS", "NeuTra, AutoLDU", "NeuTra, AutoIAFNormal"):
+    for method in ("NUTS", *(f"NeuTra, {guide}" for guide in neutra_guides(args))):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         if method == "NUTS":
@@ -221,10 +221,16 @@ def run_nuts(name: str, results: Results, args: argparse.Namespace) -> None:
     nuts_file(name, args).write_text(json.dumps(found))
 
 
+def neutra_guides(args: argparse.Namespace) -> list[str]:
+    """Returns the guides in whose noise NUTS runs: those of the chosen ones that are flows."""
+    return [guide for guide in ("AutoLDU", "AutoIAFNormal") if guide in args.guides]
+
+
 def nuts_file(name: str, args: argparse.Namespace) -> Path:
     """Returns where the results of NUTS are."""
     rates = "_".join(f"{rate:g}" for rate in args.rates).replace(".", "-")
-    return args.out / "fits" / f"{name}_nuts{args.nuts}_seconds{args.seconds:g}_lr{rates}.json"
+    options = [f"nuts{args.nuts}", f"seconds{args.seconds:g}", f"lr{rates}", *neutra_guides(args)]
+    return args.out / "fits" / f"{name}_{'_'.join(options)}.json"
 
 
 def margin(rows: Tensor) -> tuple[int, int]:
