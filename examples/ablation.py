@@ -1,9 +1,9 @@
-"""What helps the density of a Sinusoidal Flow, and what does not: one change at a time.
+"""An ablation of Sinusoidal Flows on real data: one change at a time.
 
-Each conditioner is fitted as it is by default, then with one option changed, on real data, from
-several seeds. A table is printed for each conditioner: the validation NLL without a change, in
-nats, and of each change the difference to it, with its standard error over the seeds. Negative
-differences are improvements. An interrupted run continues from its last validation.
+For each conditioner, the script fits the default and variants with one change, from several seeds.
+It prints the validation NLL of the default in nats, and the difference of each variant to it with
+its standard error over seeds. Negative differences are improvements. An interrupted run continues
+from its last validation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Scores = dict[str, list[float]]  # of each data set, for each seed
 
 
 class Equation15(Transform):
-    """A sinusoid as Eq. 13 and 15 of the paper have it, for densities alone."""
+    """A sinusoid by Eq. 13 and 15 of the paper, without an inverse."""
 
     domain = codomain = constraints.real
     bijective = True
@@ -53,7 +53,7 @@ class Equation15(Transform):
 
 
 class LiteralBlock(LazyTransform):
-    """An LDU block as the paper writes it, Eq. 17, with parameters drawn from normal laws."""
+    """An LDU block by Eq. 17 of the paper, with parameters drawn from normal distributions."""
 
     def __init__(self, features: int, sinusoids: int = 4, components: int = 4) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class LiteralBlock(LazyTransform):
         self.scalars = nn.Parameter(torch.zeros(sinusoids, 2, features))
 
     def forward(self, c: Tensor | None = None) -> Transform:
-        """Returns the block; there is no context."""
+        """Returns the block."""
         sinusoids = [
             Equation15(nn.functional.softplus(a), b, w.softmax(dim=-1), residual.tanh(), d)
             for (a, b, w), (residual, d) in zip(self.vectors, self.scalars, strict=True)
@@ -80,18 +80,18 @@ class LiteralBlock(LazyTransform):
 
 
 def literal(features: int) -> Flow:
-    """Makes a flow of three of the paper's blocks alone."""
+    """Returns a flow of three of the paper's blocks."""
     return density(LazyComposedTransform(*(LiteralBlock(features) for _ in range(3))), features)
 
 
 def free(flow: Flow, kind: type[nn.Module]) -> list[dict[str, nn.Parameter]]:
-    """Returns the parameters, which do not come from networks, of all modules of a kind."""
+    """Returns the parameters of all modules of a type."""
     modules = (module for module in flow.modules() if isinstance(module, kind))
     return [dict(module.named_parameters(recurse=False)) for module in modules]
 
 
 def wave(flow: Flow, factor: float) -> Flow:
-    """Multiplies the frequencies that sinusoids start with."""
+    """Multiplies the initial frequencies of sinusoids."""
     with torch.no_grad():
         for chain in free(flow, LazySinusoids):
             parameter = chain["parameter"]
@@ -101,7 +101,7 @@ def wave(flow: Flow, factor: float) -> Flow:
 
 
 def normal(flow: Flow, what: str) -> Flow:
-    """Draws what sinusoids start with from normal laws: frequencies and phases, or alpha."""
+    """Draws initial frequencies and phases, or alpha, from normal distributions."""
     with torch.no_grad():
         for chain in free(flow, LazySinusoids):
             parameter = chain["parameter"]
@@ -112,19 +112,19 @@ def normal(flow: Flow, what: str) -> Flow:
 
 
 def without_affine(flow: Flow, features: int) -> Flow:
-    """Drops the affine map next to the noise."""
+    """Removes the affine map next to the noise."""
     return density(LazyComposedTransform(*flow.transform.transforms[:-1]), features)
 
 
 def groups(flow: Flow, kind: type[nn.Module], rate: float, factor: float) -> list[dict[str, Any]]:
-    """Gives the free parameters of a kind of modules another learning rate than networks."""
+    """Returns groups of parameters with another learning rate for a type of modules."""
     own = [p for parameters in free(flow, kind) for p in parameters.values()]
     others = [p for p in flow.parameters() if all(p is not q for q in own)]
     return [{"params": others}, {"params": own, "lr": factor * rate}]
 
 
 class Case(NamedTuple):
-    """A flow to fit, and how."""
+    """A flow and the options of its fit."""
 
     make: Callable[[int], Flow]
     budget: Budget = Budget(400, lr=6e-3)
@@ -164,7 +164,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 
 
 def cases(conditioner: str) -> dict[str, Case]:
-    """Returns the flow as it is, and with each change."""
+    """Returns the flow without a change, and with each change."""
     make = DEFAULTS[conditioner]
     default = Case(make)
     found = {"no change": default}
@@ -177,8 +177,8 @@ def cases(conditioner: str) -> dict[str, Case]:
     for name, factor in (("half the frequencies", 0.5), ("twice the frequencies", 2.0)):
         found[name] = Case(lambda features, factor=factor: wave(make(features), factor))
     for name, what in (
-        ("frequencies and phases start from normal laws", "waves"),
-        ("residual weights start from a normal law", "alpha"),
+        ("normal initial frequencies and phases", "waves"),
+        ("normal initial residual weights", "alpha"),
     ):
         found[name] = Case(lambda features, what=what: normal(make(features), what))
     found["no affine map"] = Case(lambda features: without_affine(make(features), features))
@@ -189,7 +189,7 @@ def cases(conditioner: str) -> dict[str, Case]:
         grouped = partial(groups, kind=kind, rate=default.budget.lr, factor=factor)
         found[name] = Case(make, groups=grouped)
     if conditioner == "the paper's LDU blocks":
-        for name in ("scales from 0.1 to 10", "no linear maps", "no asinh"):  # they have none
+        for name in ("scales from 0.1 to 10", "no linear maps", "no asinh"):  # the flow has none
             del found[name]
         found["scales in L and U"] = Case(partial(make, scale=True))
         found["the paper, literally"] = Case(literal)
@@ -215,16 +215,22 @@ def show(conditioner: str, scores: dict[str, Scores]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits all flows to all data sets, from all seeds."""
     parser = arguments(__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="of each (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="seeds of each fit (default: %(default)s)"
+    )
     parser.add_argument(
         "--steps", type=int, default=400, help="of each flow (default: %(default)s)"
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=[*REAL], help="data sets")
     parser.add_argument("--data-root", type=Path, help="folder of 'uci.npz' and 'bsds300.npz'")
     parser.add_argument(
-        "--conditioners", nargs="+", choices=DEFAULTS, default=[*DEFAULTS], help="to change"
+        "--conditioners",
+        nargs="+",
+        choices=DEFAULTS,
+        default=[*DEFAULTS],
+        help="conditioners (default: all)",
     )
-    parser.add_argument("--changes", nargs="+", help="to make (default: all)")
+    parser.add_argument("--changes", nargs="+", help="changes (default: all)")
     args = parser.parse_args(argv)
 
     args.out.mkdir(parents=True, exist_ok=True)

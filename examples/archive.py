@@ -21,10 +21,10 @@ Parts = list[np.ndarray]  # to train, validate and test
 
 
 def check_md5(path: Path, md5: str) -> None:
-    """Requires that a file is the one that was published.
+    """Requires that a file has the published checksum.
 
     Raises:
-        ValueError: If its checksum is another.
+        ValueError: If it has another.
     """
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
@@ -33,12 +33,12 @@ def check_md5(path: Path, md5: str) -> None:
     if digest.hexdigest() != md5:
         raise ValueError(
             f"'{path}' should have the MD5 checksum {md5}, got {digest.hexdigest()}: it is damaged "
-            "or another file. Delete it, and get it anew."
+            "or another file. Delete it, and download it again."
         )
 
 
 def download(path: Path, url: str = URL, md5: str = MD5) -> None:
-    """Gets the archive, unless it is there; the file appears when it is complete and checked.
+    """Downloads the archive, unless it exists. A partial file has another name.
 
     Raises:
         ValueError: If the checksum is wrong.
@@ -59,33 +59,33 @@ def download(path: Path, url: str = URL, md5: str = MD5) -> None:
 
 
 class Archive:
-    """The published archive, from which files are read without being unpacked.
+    """The published archive. Its files are read without unpacking it.
 
     Args:
         path: The path of the archive.
-        md5: Its checksum, which is verified: one of its files is a pickle, which may be read only
-            if it is known where it comes from.
+        md5: Its checksum. It is verified because one of the files is a pickle, which is safe to
+            read only from a known source.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If the archive does not exist.
         ValueError: If its checksum is wrong.
     """
 
     def __init__(self, path: Path, md5: str = MD5) -> None:
         if not path.exists():
             raise FileNotFoundError(
-                f"There should be 'data.tar.gz' in '{path.parent}': get it from {URL}, or with "
-                "'--download', and name its folder in '--data-root'. Without it, "
-                "'--data patches' runs on data that is there."
+                f"There should be 'data.tar.gz' in '{path.parent}': download it from {URL}, or "
+                "with '--download', and pass its folder as '--data-root'. '--data patches' needs "
+                "no archive."
             )
         check_md5(path, md5)
         self.path = path
 
     def read(self, name: str) -> IO[bytes]:
-        """Returns the content of the file whose path ends so.
+        """Returns the content of the file whose path ends with a name.
 
         Raises:
-            FileNotFoundError: If there is none.
+            FileNotFoundError: If there is no such file.
         """
         with tarfile.open(self.path) as archive:
             for member in archive:
@@ -97,13 +97,13 @@ class Archive:
 
 
 def split(rows: np.ndarray) -> Parts:
-    """Takes the last tenth to test, and of the others the last tenth to validate."""
+    """Takes the last tenth for testing, and the last tenth of the rest for validation."""
     rest, test = np.split(rows, [len(rows) - len(rows) // 10])
     return [*np.split(rest, [len(rest) - len(rest) // 10]), test]
 
 
 def normalize(parts: Parts, reference: np.ndarray) -> Parts:
-    """Brings each column of the reference to mean 0 and standard deviation 1."""
+    """Standardizes columns by the mean and standard deviation of the reference."""
     mean, std = reference.mean(axis=0), reference.std(axis=0)
     return [(part - mean) / std for part in parts]
 
@@ -111,7 +111,7 @@ def normalize(parts: Parts, reference: np.ndarray) -> Parts:
 def power(archive: Archive) -> Parts:
     """Electric power of a household: active power, voltage, three meters and the time of day.
 
-    Date and reactive power are gone, and noise fills the gaps between recorded values.
+    Date and reactive power are dropped. Uniform noise is added to the discrete values.
     """
     rng = np.random.RandomState(42)
     rows = np.load(archive.read("power/data.npy"))
@@ -124,7 +124,7 @@ def power(archive: Archive) -> Parts:
 
 
 def gas(archive: Archive) -> Parts:
-    """Chemical sensors, of which those that repeat another are left out."""
+    """Chemical sensors. Sensors that are correlated with others are dropped."""
     import pandas as pd
 
     table = pd.read_pickle(archive.read("gas/ethylene_CO.pickle"))
@@ -138,7 +138,7 @@ def gas(archive: Archive) -> Parts:
 
 
 def hepmass(archive: Archive) -> Parts:
-    """Collisions of particles: the signal, without features that repeat one value."""
+    """Collisions of particles: the signal, without features that often repeat a value."""
     import pandas as pd
 
     train, test = (
@@ -152,13 +152,13 @@ def hepmass(archive: Archive) -> Parts:
 
 
 def miniboone(archive: Archive) -> Parts:
-    """Neutrinos: electron against muon, with outliers already removed."""
+    """Neutrinos: electron and muon events. Outliers have already been removed."""
     parts = split(np.load(archive.read("miniboone/data.npy")))
     return normalize(parts, np.vstack(parts[:2]))
 
 
 def bsds300(archive: Archive) -> Parts:
-    """Patches of photographs, of 8 by 8 pixels without their mean and the last one."""
+    """Patches of photographs: 8 × 8 pixels, without their mean and the last pixel."""
     import h5py
 
     with h5py.File(archive.read("BSDS300/BSDS300.hdf5")) as file:

@@ -1,12 +1,12 @@
-"""Flows side by side on real data: the same steps or the same time, several seeds.
+"""Compares flows on real data, for equal steps or equal time and several seeds.
 
-Each flow is fitted with every learning rate of a short list, and the one that validates best is
-kept; the other seeds are fitted with it. All flows get the same batches, optimizer and early
-stopping. Printed are, for each data set, the mean test NLL over seeds with its standard error, in
-nats of standardized features, and the costs of a step and of samples, in steps of MAF.
+Each flow is fitted with all learning rates of a short list from the first seed. The other seeds
+take the rate that validates best. All flows have the same batch size, optimizer and early stopping.
+For each data set, the script prints the mean test NLL over seeds with its standard error, in nats
+of standardized features, and the time of a training step and of samples, in training steps of MAF.
 
-The tables of the UCI repository and BSDS300 are read from the folder '--data-root'. Fits are
-written to a folder, and read from there if the command is given again.
+The tables of the UCI repository and BSDS300 are read from the folder '--data-root'. Finished fits
+are kept in the folder '--out' and are not repeated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
@@ -26,7 +25,6 @@ from data import TOYS, Data, breast_cancer, digits, patches, toy
 from files import SOURCES, UCI, bsds300, uci
 from images import prepare
 from torch import Tensor
-from tqdm import tqdm
 from training import (
     Budget,
     afford,
@@ -38,6 +36,7 @@ from training import (
     restore,
     seconds,
     spread,
+    tune,
 )
 from zuko.lazy import Flow
 
@@ -65,7 +64,7 @@ DATA = TABLES | {"BSDS300": bsds300} | REAL | PLANE
 
 @lru_cache(1)
 def read(data: str, root: Path | None) -> Data:
-    """Reads a data set, of which a process fits one flow after another."""
+    """Reads a data set, and keeps the latest, to which a process fits several flows."""
     return DATA[data](root)
 
 
@@ -73,12 +72,12 @@ def stem_of(data: str, flow: str, rate: float, seed: int, args: argparse.Namespa
     """Returns where the results of a fit are, without the suffix."""
     spent = f"{args.steps} steps" if args.seconds is None else f"{args.seconds:g} s"
     name = f"{data}, {flow}, {spent}, rate {rate:g}, seed {seed}"
-    # Without points, after which a suffix would begin.
+    # A dot would begin the suffix.
     return args.out / "fits" / name.replace(".", "-")
 
 
 def run(data: str, flow: str, rate: float, seed: int, args: argparse.Namespace) -> Fit:
-    """Fits a flow, writes what it reached, and returns it; a fit that is there is read."""
+    """Returns the results of a fit, from its file if it exists."""
     stem = stem_of(data, flow, rate, seed, args)
     path, checkpoint = stem.with_suffix(".json"), stem.with_suffix(".pt")
     if path.exists():
@@ -106,24 +105,8 @@ def run(data: str, flow: str, rate: float, seed: int, args: argparse.Namespace) 
 def fit_all(args: argparse.Namespace) -> Results:
     """Fits all flows to all data sets, and returns the fits of the best rates for each seed."""
     pairs = [(data, flow) for data in args.data for flow in args.flows]
-    results: Results = {}
-    with ProcessPoolExecutor(args.jobs) as pool:
-        first = {
-            pool.submit(run, *pair, rate, 0, args): pair for pair in pairs for rate in args.rates
-        }
-        found: Results = {pair: [] for pair in pairs}
-        for job in tqdm(as_completed(first), "learning rates", len(first)):
-            found[first[job]].append(job.result())
-        for pair, fits in found.items():
-            results[pair] = [min(fits, key=lambda f: f["validation"])]
-        others = {
-            pool.submit(run, *pair, results[pair][0]["rate"], seed, args): pair
-            for seed in range(1, args.seeds)
-            for pair in pairs
-        }
-        for job in tqdm(as_completed(others), "other seeds", len(others)):
-            results[others[job]].append(job.result())
-    return results
+    job = partial(run, args=args)
+    return tune(job, pairs, args.rates, args.seeds, lambda fit: -fit["validation"], args.jobs)
 
 
 def measure(flow: Flow, data: Data, batch: int = 128) -> Fit:
@@ -141,7 +124,7 @@ def measure(flow: Flow, data: Data, batch: int = 128) -> Fit:
     results: Fit = {"parameters": count(flow), "step": seconds(step)}
     try:
         results |= {"samples": seconds(partial(draw, 10), 1), "drawn": 10}
-        if results["samples"] < 1:  # or else this has to do, as a lower bound
+        if results["samples"] < 1:  # otherwise, 10 samples give a lower bound
             results |= {"samples": seconds(draw), "drawn": 1000}
     except (NotImplementedError, KeyError):  # Pyro's block-autoregressive flow has no inverse
         return results | {"samples": None, "round trip": None}
@@ -152,7 +135,7 @@ def measure(flow: Flow, data: Data, batch: int = 128) -> Fit:
 
 
 def costs(data: str, results: Results, args: argparse.Namespace) -> dict[str, Fit]:
-    """Measures what steps and samples of the fitted flows of a data set cost, side by side."""
+    """Measures the time of steps and samples of the flows that were fitted to a data set."""
     rows = read(data, args.data_root)
     found: dict[str, Fit] = {}
     for name in args.flows:
@@ -163,7 +146,7 @@ def costs(data: str, results: Results, args: argparse.Namespace) -> dict[str, Fi
 
 
 def show(results: Results, args: argparse.Namespace) -> None:
-    """Prints the scores, bold where they are first or within a standard error of the first."""
+    """Prints the scores, in bold if they are first or within a standard error of the first."""
 
     def score_of(data: str, flow: str) -> tuple[float, float]:
         fits = results[data, flow]
@@ -220,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--steps", type=int, default=400, help="of each flow, at most (default: %(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=float, help="of processor time for each flow, in place of steps"
+        "--seconds", type=float, help="processor time of each flow, instead of steps"
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=[*REAL], help="data sets")
     parser.add_argument("--data-root", type=Path, help="folder of 'uci.npz' and 'bsds300.npz'")

@@ -1,7 +1,7 @@
-"""The flows of the comparison: this package's, and those that Tables 1 and 3 of the paper name.
+"""The flows of the comparison: those of this package and of Tables 1 and 3 of Wei (2021).
 
-The paper is Wei (2021). Flows of zuko, Pyro and normflows are made with hidden layers of 64
-units, and as many transforms as give steps of similar cost.
+Flows of zuko, Pyro and normflows have hidden layers of 64 units. Their numbers of transforms were
+chosen so that steps take similar times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pyro_sinflow import SinusoidalFlow
 
 
 class Foreign(LazyTransform):
-    """Transforms of other packages, made from modules, as one lazy transform of zuko's."""
+    """Wraps transforms of other packages as one lazy transform of zuko."""
 
     def __init__(self, modules: Sequence[Any], wrap: Callable[[Any], Transform]) -> None:
         super().__init__()
@@ -32,13 +32,13 @@ class Foreign(LazyTransform):
 
     def forward(self, c: Tensor | None = None) -> Transform:
         """Returns the transform; there is no context."""
-        for part in self.parts:  # what Pyro caches belongs to a graph that may be gone
+        for part in self.parts:  # Pyro's cache may belong to a graph that has been freed
             part.clear_cache()
         return ComposedTransform(*self.parts)
 
 
 class Normflow(Transform):
-    """A flow of normflows, which goes from noise to data, as the transform from data to noise."""
+    """Wraps a flow of normflows as a transform from data to noise."""
 
     domain = codomain = constraints.real_vector
     bijective = True
@@ -48,15 +48,15 @@ class Normflow(Transform):
         self.flow = flow
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns value and log-determinant, which may be an estimate."""
+        """Returns value and log-determinant. The latter may be an estimate."""
         import normflows as nf
 
-        if self.flow.training:  # the norms of residual blocks follow their weights
+        if self.flow.training:  # the norms of residual blocks are updated with their weights
             nf.utils.update_lipschitz(self.flow, 5)
         return self.flow.inverse(x)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the log-determinant, which may be an estimate."""
+        """Returns the log-determinant. It may be an estimate."""
         return self.call_and_ladj(x)[1]
 
     def _call(self, x: Tensor) -> Tensor:
@@ -67,13 +67,13 @@ class Normflow(Transform):
 
 
 def density(transform: LazyTransform, features: int) -> Flow:
-    """Makes a flow of a transform and a standard normal base."""
+    """Returns a flow with a transform and a standard normal base."""
     moments = {"loc": torch.zeros(features), "scale": torch.ones(features)}
     return Flow(transform, UnconditionalDistribution(DiagNormal, **moments, buffer=True))
 
 
 def bnaf(features: int) -> Flow:
-    """Two block-autoregressive flows of Pyro's, the second in the reversed order."""
+    """Two block-autoregressive flows of Pyro, the second in reversed order."""
     make = partial(block_autoregressive, features, hidden_factors=[8])
     reverse = Permute(torch.arange(features).flip(0))
     return density(Foreign([make(), reverse, make()], lambda transform: transform), features)
@@ -97,7 +97,7 @@ def glow(features: int) -> Flow:
 
 
 def iresnet(features: int) -> Flow:
-    """Residual blocks with Lipschitz networks, whose log-determinant is estimated."""
+    """Residual blocks with Lipschitz networks. Their log-determinant is estimated."""
     import normflows as nf
 
     def block() -> nn.Module:
@@ -135,5 +135,5 @@ FLOWS: dict[str, Callable[[int], Flow]] = {
 ESTIMATED = ("FFJORD", "i-ResNet")
 
 TAN = """
-TAN (Oliva et al., 2018) has no implementation that is kept. The paper quotes its test NLL of other
+TAN (Oliva et al., 2018) has no maintained implementation. The paper quotes its test NLL on other
 data: POWER -0.60, GAS -12.06, HEPMASS 13.78, MINIBOONE 11.01, BSDS300 -159.80."""

@@ -1,4 +1,4 @@
-"""Data sets that are drawn, or that scikit-learn ships: the examples download nothing."""
+"""Data sets that come with scikit-learn, and synthetic ones."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Data(NamedTuple):
 
     Args:
         train: The rows to fit, with shape :math:`(N, D)`.
-        validation: The rows that decide when to stop.
-        test: The rows to report.
+        validation: The rows for early stopping and for the choice of options.
+        test: The rows for the reported scores.
         mean: The mean of each feature before it was standardized.
         std: The standard deviation of each feature before it was standardized.
     """
@@ -48,7 +48,7 @@ def split(rows: np.ndarray) -> list[np.ndarray]:
 
 
 def standardize(train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> Data:
-    """Makes standardized tensors of raw rows."""
+    """Standardizes rows by the mean and standard deviation of the training rows."""
     mean, std = train.mean(axis=0), train.std(axis=0)
     parts = ((part - mean) / std for part in (train, validation, test))
     return Data(*(torch.as_tensor(a, dtype=torch.float32) for a in (*parts, mean, std)))
@@ -57,9 +57,9 @@ def standardize(train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> 
 def patches(seed: int = 0, size: int = 8, stride: int = 2, tile: int = 32) -> Data:
     """Cuts grey patches from two photographs, and prepares them as BSDS300 is.
 
-    That is: uniform noise on the 256 levels of grey, the mean of each patch subtracted, and the
-    last pixel dropped, which the others determine (Papamakarios et al., 2017). The photographs are
-    cut into tiles, of which 60 % train and 20 % each validate and test, so that no pixel is in two
+    Uniform noise is added to the 256 levels of grey, the mean of each patch is subtracted, and the
+    last pixel is dropped, because the others determine it (Papamakarios et al., 2017). The
+    photographs are first cut into tiles, which are split 60 : 20 : 20, so that no pixel is in two
     splits.
 
     Args:
@@ -100,14 +100,14 @@ def eight_gaussians(n: int, rng: np.random.RandomState) -> np.ndarray:
 
 
 def two_spirals(n: int, rng: np.random.RandomState) -> np.ndarray:
-    """Two spirals of one and a half turns, each the other's point reflection."""
+    """Two spirals of one and a half turns, reflected at the origin."""
     angle = 3 * np.pi * np.sqrt(rng.rand(n))
     arm = np.stack((-np.cos(angle), np.sin(angle)), axis=1) * angle[:, None] + rng.rand(n, 2) / 2
     return rng.choice((-1, 1), size=(n, 1)) * arm / 3 + 0.1 * rng.randn(n, 2)
 
 
 def checkerboard(n: int, rng: np.random.RandomState) -> np.ndarray:
-    """The squares of one color of a board of 4 by 4."""
+    """The squares of one color of a 4 × 4 checkerboard."""
     column = rng.randint(4, size=n)
     row = 2 * rng.randint(2, size=n) + column % 2
     return np.stack((column, row), axis=1) - 2 + rng.rand(n, 2)
@@ -124,7 +124,7 @@ def moons(n: int, rng: np.random.RandomState) -> np.ndarray:
 
 
 def pinwheel(n: int, rng: np.random.RandomState) -> np.ndarray:
-    """Five blades, which bend more the further they reach out."""
+    """Five arms, which bend more with the distance from the center."""
     radius, across = 1 + 0.3 * rng.randn(n), 0.1 * rng.randn(n)
     angle = 2 * np.pi / 5 * rng.randint(5, size=n) + np.exp(radius) / 4
     blade = np.stack((np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)))
@@ -132,7 +132,7 @@ def pinwheel(n: int, rng: np.random.RandomState) -> np.ndarray:
 
 
 def rings(n: int, rng: np.random.RandomState) -> np.ndarray:
-    """Four noisy rings around one center, with as many points on each."""
+    """Four noisy rings around one center, with the same number of points each."""
     radius, angle = rng.randint(1, 5, size=n) / 4, 2 * np.pi * rng.rand(n)
     ring = np.stack((np.cos(angle), np.sin(angle)), axis=1) * radius[:, None]
     return ring + 0.08 / 3 * rng.randn(n, 2)

@@ -53,8 +53,8 @@ class Posterior(NamedTuple):
 def schools() -> None:
     """The centered model.
 
-    Where tau is small all theta must be close to mu: the posterior is a funnel, which no normal
-    distribution resembles.
+    Where tau is small, all theta are close to mu. The posterior is therefore a funnel, far from any
+    normal distribution.
     """
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
@@ -64,7 +64,7 @@ def schools() -> None:
 
 
 def log_evidence() -> float:
-    """Integrates mu and theta by algebra, and tau by quadrature."""
+    """Returns the log-evidence: mu and theta are integrated in closed form, tau by quadrature."""
     log_tau = torch.linspace(-12, 8, 20_001)
     tau = log_tau.exp()
     covariance = torch.diag_embed(ERROR**2 + tau[:, None] ** 2) + 5.0**2
@@ -90,8 +90,7 @@ def fit_guide(name: str, guide: AutoGuide, lr: float, steps: int, draws: int = 2
 def run_nuts(warmup: int, draws: int) -> Posterior:
     """Draws from the posterior by NUTS.
 
-    It sees the same model with theta = mu + tau * eta, in terms of eta: in the funnel itself it is
-    known to be stuck.
+    The model is non-centered, theta = mu + tau * eta, because NUTS gets stuck in a funnel.
     """
     model = pyro.poutine.reparam(schools, config={"theta": LocScaleReparam(0.0)})
     kernel = NUTS(model, jit_compile=True, ignore_jit_warnings=True)
@@ -128,7 +127,7 @@ def guides(steps: int, draws: int, out: Path) -> Path:
     posteriors = {
         "NUTS": run_nuts(draws // 3, draws),
         "LDU guide": fit_guide("LDU guide", AutoLDU(schools), 2e-2, steps),
-        # It converges more slowly, at a third of the cost of a step.
+        # Its steps take a third of the time, so it gets three times as many.
         "Normal guide": fit_guide("Normal guide", normal, 1e-1, 3 * steps),
     }
     print_table(
@@ -145,12 +144,12 @@ def guides(steps: int, draws: int, out: Path) -> Path:
 
 
 class Fit(NamedTuple):
-    """What became of a flow."""
+    """The results of a fitted flow."""
 
     score: float  # mean log-likelihood of the test rows, in nats
     error: float  # its standard error
     parameters: int
-    cost: float  # time of drawing samples, in evaluations of the density of as many
+    cost: float  # time of samples over that of as many log-densities
     samples: Tensor
 
     def row(self) -> list[str]:
@@ -175,7 +174,7 @@ def fit_flow(name: str, flow: Flow, data: Data, steps: int) -> Fit:
 
 
 def mosaic(x: Tensor, rows: int = 8) -> Tensor:
-    """Arranges patches of 63 pixels in a square, each brought to the same contrast."""
+    """Arranges patches of 63 pixels in a square, and scales each to the same contrast."""
     x = x[: rows * rows]
     x = torch.cat((x, -x.sum(dim=1, keepdim=True)), dim=1)  # the mean of a patch is zero
     x = x / (2 * x.std(dim=1, keepdim=True))
@@ -184,7 +183,7 @@ def mosaic(x: Tensor, rows: int = 8) -> Tensor:
 
 
 def draw_patches(data: Data, fits: dict[str, Fit], path: Path) -> None:
-    """Draws held-out patches beside samples of the flows."""
+    """Draws held-out patches and samples of the flows."""
     panels = {"Held-out photograph": data.test[torch.randperm(len(data.test))]}
     panels |= {f"{name}\n{fit.score:.1f} nats": fit.samples for name, fit in fits.items()}
     fig, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.8), layout="constrained")

@@ -1,13 +1,13 @@
 """Training and sampling in several processes, on one machine or more.
 
-Run it by torchrun, which starts the processes, and starts all anew when one fails:
+torchrun starts the processes, and restarts all of them when one fails:
 
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/distributed.py --out out
 
-Each process takes its share of every batch, and the gradients are averaged: the flow is the one
-that a single process would fit, whatever their number. After a restart, training goes on from the
-last checkpoint to the result that it would have reached uninterrupted. Then each process draws its
-share of samples, from a seed of its own. Without torchrun, there is one process.
+Each process takes its share of every batch, and gradients are averaged, so that the result does not
+depend on the number of processes. After a restart, training continues from the last checkpoint and
+reaches the same result as without interruption. Then each process draws its share of the samples,
+with its own seed. Without torchrun, there is one process.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from pyro_sinflow import SinusoidalFlow
 
 
 class NegativeLogLikelihood(nn.Module):
-    """The loss as a module's output, where DistributedDataParallel looks for it."""
+    """The loss as a module, which DistributedDataParallel needs."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the mean over rows."""
+        """Returns the mean negative log-likelihood of rows."""
         return -self.flow().log_prob(x).mean()
 
 
 def batch(step: int, rows: int, size: int, seed: int) -> Tensor:
-    """Draws the rows of a step: from its number alone, so that a restart draws them again."""
+    """Returns the row indices of a step. They depend on its number only, also after a restart."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return torch.randint(rows, (size,), generator=generator)
 
 
 def train(flow: Flow, x: Tensor, args: argparse.Namespace) -> list[float]:
-    """Fits the flow, from the last checkpoint if there is one, and returns the losses."""
+    """Fits the flow, from the last checkpoint if it exists, and returns the losses."""
     rank, world = dist.get_rank(), dist.get_world_size()
     loss = DistributedDataParallel(NegativeLogLikelihood(flow))
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     if dist.is_torchelastic_launched():
-        # A process that never comes back is given up after a while, and all start anew.
+        # If a process does not respond for this long, all are restarted.
         dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -30,16 +30,16 @@ FLOWS: dict[str, Build] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How a flow is fitted.
+    """The options of a fit.
 
     Args:
         steps: The largest number of steps of the optimizer, Adam.
         epochs: The largest number of passes over the simulations.
         batch: The number of simulations in a step.
-        lr: The learning rate at first. It falls to zero along a cosine.
-        patience: The number of passes without a better validation after which the fit stops.
-        validation: The share of the simulations that validate.
-        clip: The norm to which longer gradients are cut.
+        lr: The initial learning rate. It falls to zero along a cosine.
+        patience: The number of passes without a better validation score after which the fit stops.
+        validation: The fraction of the simulations for validation.
+        clip: The largest norm of a gradient; longer ones are scaled down to it.
     """
 
     steps: int = 5000
@@ -53,11 +53,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Units:
-    """Parameters and observations in the units that a flow is fitted in.
+    """The encoding of parameters and observations for a flow.
 
     Args:
         bound: The prior is uniform between plus and minus this.
-        real: Whether the flow is fitted to the logits of the parameters, which have no bounds.
+        real: Whether the flow is fitted to the logits of the parameters, which are unbounded.
         mean: The mean of the observations.
         std: Their standard deviation.
     """
@@ -69,7 +69,7 @@ class Units:
 
     @property
     def transform(self) -> Transform:
-        """The map from parameters to what has zero mean and unit variance under the prior."""
+        """The map to parameters with zero mean and unit variance under the prior."""
         if not self.real:
             return AffineTransform(0.0, 3**0.5 / self.bound)
         share = AffineTransform(0.5, 0.5 / self.bound)
@@ -96,7 +96,7 @@ class Units:
 
 @dataclass(frozen=True)
 class Posterior:
-    """A fitted flow, in one form for all clients.
+    """A fitted flow, with the same interface for all clients.
 
     Args:
         score: The log-density of encoded parameters (N, D) given observations (N, L).
@@ -115,15 +115,15 @@ class Posterior:
 
     @torch.no_grad()
     def sample(self, n: int, x: Tensor) -> Tensor:
-        """Draws n times given observations (N, L), in and out of the prior's bounds."""
+        """Draws n samples given observations (N, L), inside and outside the prior's bounds."""
         return self.units.decode(self.draw(n, (x - self.units.mean) / self.units.std))
 
     def inside(self, theta: Tensor) -> Tensor:
-        """Returns which parameters the prior allows."""
+        """Whether parameters are inside the prior's bounds."""
         return (theta.abs() <= self.units.bound).all(dim=-1)
 
     def accepted(self, n: int, x: Tensor, rounds: int = 200) -> Tensor:
-        """Draws n times given one observation (L), and rejects what the prior does not allow.
+        """Draws n samples inside the prior's bounds, by rejection, given one observation (L).
 
         Raises:
             RuntimeError: If too few draws are in the prior's bounds.
@@ -148,11 +148,11 @@ def train(
     Args:
         score: The log-density of encoded parameters (N, D) given observations (N, L).
         module: The module.
-        pairs: Encoded parameters and observations, of which the last validate.
-        budget: How.
+        pairs: Encoded parameters and observations. The last of them are for validation.
+        budget: The options of the fit.
 
     Returns:
-        The number of passes.
+        The number of epochs.
     """
     held = max(int(budget.validation * len(pairs[0])), 1)
     (theta, theta_v), (x, x_v) = (p.split([len(p) - held, held]) for p in pairs)
@@ -182,7 +182,7 @@ def train(
 
 
 def with_zuko(build: Build, pairs: Pairs, units: Units, budget: Budget) -> Posterior:
-    """Fits a flow by a plain loop, without another package."""
+    """Fits a flow by a plain loop."""
     theta, x = units.encode(*pairs)
     flow = build(theta.shape[1], x.shape[1])
 
@@ -194,7 +194,7 @@ def with_zuko(build: Build, pairs: Pairs, units: Units, budget: Budget) -> Poste
 
 
 def with_lampe(build: Build, pairs: Pairs, units: Units, budget: Budget) -> Posterior:
-    """Fits a flow by lampe, which takes its constructor."""
+    """Fits a flow by lampe."""
     from lampe.inference import NPE
 
     theta, x = units.encode(*pairs)
@@ -204,7 +204,7 @@ def with_lampe(build: Build, pairs: Pairs, units: Units, budget: Budget) -> Post
 
 
 def with_sbi(build: Build, pairs: Pairs, units: Units, budget: Budget) -> Posterior:
-    """Fits a flow by sbi, whose class for zuko's flows holds any of them."""
+    """Fits a flow by sbi."""
     from sbi.inference import NPE
     from sbi.neural_nets.estimators import ZukoFlow
 

@@ -1,9 +1,9 @@
 """Figures 2, 3 and 4 of the paper (Wei, 2021).
 
-Figure 2 is one sinusoid. Figure 3 fits sinusoids alone to a mixture of seven normal distributions,
-beside affine maps. Figure 4 fits flows to eight densities in the plane. Tables are printed;
-figures.json and the pictures are written to a folder. A run that was interrupted goes on from
-there, if it is started again with the same options.
+Figure 2 is one sinusoid. Figure 3 fits sinusoids, and affine maps, to a mixture of seven normal
+distributions. Figure 4 fits flows to eight densities in the plane. Tables are printed. JSON,
+pictures and checkpoints are written to the folder '--out'. An interrupted run continues if it is
+started again with the same options.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Flows = dict[str, Callable[[], Flow]]
 def train(
     name: str, make: Callable[[], Flow], data: Data, budget: Budget, args: argparse.Namespace
 ) -> Flow:
-    """Fits a flow to standardized rows; the result does not depend on what was fitted before."""
+    """Fits a flow from the same random state, whichever flows were fitted before."""
     torch.manual_seed(args.seed)
     return fit(name, make(), data, budget, args.out / f"{name}, seed {args.seed}.pt")
 
@@ -69,7 +69,7 @@ def staircase(args: argparse.Namespace) -> Results:
 # Figure 3
 
 LINES: Flows = {
-    # With one feature, L and U have nothing to depend on: they shift by a constant.
+    # With one feature, L and U shift by a constant.
     "D-scales": lambda: SinusoidalFlow(
         1, transforms=1, conditioner="independent", linear=False, tails=False, sinusoids=32
     ),
@@ -78,7 +78,7 @@ LINES: Flows = {
 
 
 def mixture(args: argparse.Namespace) -> Results:
-    """Fits sinusoids alone, and affine maps, to seven well separated normal distributions."""
+    """Fits sinusoids, and affine maps, to seven well separated normal distributions."""
     torch.manual_seed(args.seed)
     modes = dist.Normal(torch.linspace(-3, 3, 7), torch.full((7,), 0.125))
     truth = dist.MixtureSameFamily(dist.Categorical(torch.ones(7)), modes)
@@ -88,7 +88,7 @@ def mixture(args: argparse.Namespace) -> Results:
     x = torch.linspace(-4, 4, 2001)
     p = modes.cdf(x[:, None]).mean(dim=1)
     z = dist.Normal(0.0, 1.0).icdf(p.where((p > 1e-3) & (p < 1 - 1e-3), torch.nan))
-    unit = float(data.std.log())  # of log-likelihoods, from standardized rows to x
+    unit = float(data.std.log())  # log-determinant of the standardization
     scores = truth.log_prob(data.restore(data.test)) + unit
     error = float(scores.std()) / len(scores) ** 0.5
     results = {"truth": {"score": float(scores.mean()), "error": error}}
@@ -143,7 +143,7 @@ def step_times(rows: Tensor, rounds: int = 10) -> dict[str, float]:
         return timeit.Timer(lambda: flow().log_prob(rows).mean().backward())
 
     timers = {kind: timer(make()) for kind, make in PLANES.items()}
-    # Taking turns, so that whatever else the machine does slows all of them.
+    # In turns, so that other jobs slow all flows alike.
     times = [{kind: t.timeit(1) for kind, t in timers.items()} for _ in range(rounds)]
     best = {kind: min(time[kind] for time in times) for kind in PLANES}
     return {kind: best[kind] / best["NSF"] for kind in PLANES}
@@ -174,7 +174,7 @@ def planes(args: argparse.Namespace) -> Results:
             with torch.no_grad():
                 values = flow().log_prob(grid).exp().reshape(200, 200)
                 x, y = flow().sample((3000,)).T
-            # The colors of the truth: one narrow peak would darken all else.
+            # The color scale of the true density: a narrow peak would hide the rest.
             density.pcolormesh(axis, axis, values.T, vmin=0, vmax=histogram.max())
             samples.scatter(x, y, s=0.5, lw=0, color="k")
             samples.set(xlim=(-edge, edge), ylim=(-edge, edge))

@@ -1,4 +1,4 @@
-"""Data sets that are read from files, in the folder that an example's '--data-root' names."""
+"""Data sets that are read from files in the folder '--data-root'."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Where the files come from:
 
 
 def find(root: Path | None, *names: str) -> Path:
-    """Returns the first file, of several names in a folder, that exists."""
+    """Returns the path of the first of several files that exists in a folder."""
     paths = [Path(root or ".") / name for name in names]
     for path in paths:
         if path.exists():
             return path
     raise FileNotFoundError(
-        f"There should be {' or '.join(map(repr, names))} in '{root or '.'}': get the original "
-        "files of the data set, and name their folder in '--data-root'."
+        f"There should be {' or '.join(map(repr, names))} in '{root or '.'}': download the "
+        "original files of the data set, and pass their folder as '--data-root'."
     )
 
 
@@ -81,7 +81,7 @@ def mnist(root: Path | None) -> list[np.ndarray]:
     return [train[:-10_000], train[-10_000:], test]
 
 
-# What a pickled array is made with; the last is its name in later versions of NumPy.
+# The functions that pickled arrays need. The last two are one, in different versions of NumPy.
 ARRAY = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -91,12 +91,14 @@ ARRAY = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickled arrays, and refuses whatever else would be called."""
+    """Reads pickled arrays, and refuses functions that arrays do not need."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns what a pickle is about to call, if an array is made with it."""
+        """Returns a function or class, if arrays need it."""
         if (module, name) not in ARRAY:
-            raise pickle.UnpicklingError(f"A batch of images should not call '{module}.{name}'.")
+            raise pickle.UnpicklingError(
+                f"A batch of images should hold arrays only, got a call of '{module}.{name}'."
+            )
         return super().find_class(module, name)
 
 
@@ -122,10 +124,10 @@ def cifar10(root: Path | None) -> list[np.ndarray]:
 def bsds300(root: Path | None, seed: int = 0) -> Data:
     """Reads patches of BSDS300, and prepares them as Papamakarios et al. (2017) do.
 
-    That is: uniform noise on the 256 levels of grey, the mean of each patch subtracted, and the
-    last pixel dropped, which the others determine. The patches are not those of the published
-    files, but cut anew from the same photographs: a normal distribution scores 96.6 nats on these,
-    and 96.67 on those.
+    Uniform noise is added to the 256 levels of grey, the mean of each patch is subtracted, and the
+    last pixel is dropped, because the others determine it. The patches are not the published ones,
+    but were cut anew from the same photographs. A normal distribution scores 96.6 nats on them, and
+    96.67 nats on the published ones.
 
     Args:
         root: The folder of 'bsds300.npz'.
@@ -145,10 +147,10 @@ UCI = ("power-plant", "protein", "elevators", "keggundirected", "parkinsons", "m
 def uci(name: str, root: Path | None, seed: int = 0) -> Data:
     """Reads one of the tables of the UCI repository, split 60 : 20 : 20.
 
-    A density of discrete values does not exist. Each column whose most frequent value fills more
-    than half a percent of the rows gets uniform noise, as wide as the step between its values (the
-    median difference of neighbors) and at least a hundredth of its standard deviation. Constant
-    columns are dropped.
+    Discrete values have no density. Each column whose most frequent value is in more than half a
+    percent of the rows gets uniform noise. Its width is the step between the values of the column
+    (the median difference of neighbors), and at least a hundredth of their standard deviation.
+    Constant columns are dropped.
 
     Args:
         name: One of ``UCI``.

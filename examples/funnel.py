@@ -1,9 +1,9 @@
-"""NeuTra on a funnel: effective sample sizes per gradient, beside plain NUTS.
+"""NeuTra on a funnel: effective sample sizes per gradient, compared with plain NUTS.
 
-Neal's funnel: the logarithm of a variance is normal, with standard deviation 3, and nine numbers
-are normal with that variance. NUTS walks in the funnel, or in the noise of a fitted guide (Hoffman
-et al., 2019). Each evaluation of the model with its gradient is counted, warm-up apart. The table
-is printed; JSON and a picture are written to a folder.
+In Neal's funnel, the logarithm of a variance is normal with standard deviation 3, and nine numbers
+are normal with that variance. NUTS runs on the funnel, or in the noise space of a fitted guide
+(Hoffman et al., 2019). Gradients of the model are counted after the warm-up. The table is printed.
+JSON and a picture are written to the folder '--out'.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SCALE, WIDTH = 3.0, 9
 
 
 def funnel() -> None:
-    """Draws the logarithm of a variance, and numbers with that variance."""
+    """Samples the logarithm of a variance, and numbers with that variance."""
     v = pyro.sample("v", dist.Normal(0.0, SCALE))
     scale = (v / 2).exp().unsqueeze(-1)
     pyro.sample("x", dist.Normal(torch.zeros(WIDTH), scale).to_event(1))
@@ -61,7 +61,7 @@ def fit_guide(name: str, guide: AutoContinuous, args: argparse.Namespace) -> Aut
 
 
 def picture(draws: dict[str, dict[str, Tensor]], path: Path) -> None:
-    """Draws one of the numbers against the logarithm of the variance."""
+    """Plots one of the numbers against the logarithm of the variance."""
     fig, axes = plt.subplots(
         1, len(draws), figsize=(13, 3.5), sharex=True, sharey=True, layout="constrained"
     )
@@ -75,12 +75,15 @@ def picture(draws: dict[str, dict[str, Tensor]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws from the funnel with and without guides."""
+    """Samples from the funnel with and without guides."""
     parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="of SVI (default: %(default)s)")
     parser.add_argument(
-        "--draws", type=int, default=500, help="after half as many (default: %(default)s)"
+        "--draws",
+        type=int,
+        default=500,
+        help="draws of NUTS, after half as many of warm-up (default: %(default)s)",
     )
     args = parser.parse_args(argv)
 

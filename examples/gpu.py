@@ -1,10 +1,10 @@
 """Trains a flow with the whole training step captured in a CUDA graph.
 
-Few rows leave a GPU waiting for Python, which launches kernels one by one. A graph launches all
-kernels of a step at once: log-density, gradient, clipping and optimizer. With
-'--compile', torch.compile fuses log-density and gradient besides, and captures these two by itself;
-that takes minutes before the first step. At the end, captured and eager steps are timed by turns.
-Without a GPU the steps are eager ones.
+With few rows, a GPU waits for Python, which launches kernels one by one. A graph launches all
+kernels of a step at once: log-density, gradient, clipping and optimizer. With '--compile',
+torch.compile also fuses the kernels of log-density and gradient, and captures them itself; it takes
+minutes before the first step. At the end, captured and eager steps are timed in turns. Without a
+GPU, steps are eager.
 """
 
 from __future__ import annotations
@@ -28,49 +28,53 @@ from pyro_sinflow import SinusoidalFlow
 def train(
     step: Callable[[], Tensor], data: Data, batch: Tensor, rate: Tensor, lr: float, steps: int
 ) -> None:
-    """Takes steps, each with other rows and a learning rate that falls along a cosine.
+    """Takes steps with random rows and a learning rate that falls along a cosine.
 
     Args:
         step: The step.
         data: The rows, on the device of the flow.
-        batch: The tensor in which the step finds its rows.
-        rate: The tensor in which it finds the learning rate.
-        lr: The learning rate at first.
+        batch: The tensor from which the step reads its rows.
+        rate: The tensor from which it reads the learning rate.
+        lr: The initial learning rate.
         steps: The number of steps.
     """
     with trange(steps, desc="training") as bar:
         for i in bar:
-            # Drawn where the rows are: from the CPU, each step would wait for a copy.
+            # On the device of the rows: indices from the CPU would have to be copied.
             rows = torch.randint(len(data.train), (len(batch),), device=batch.device)
             batch.copy_(data.train[rows])  # into the memory that the graph reads
             rate.fill_(lr * 0.5 * (1 + math.cos(math.pi * i / steps)))
             loss = step()
-            if i % 100 == 0:  # seldom, as the host waits for the value
+            if i % 100 == 0:  # not in each step, because the host waits for the value
                 bar.set_postfix(loss=f"{float(loss):.2f}", refresh=False)
 
 
 def gain(eager: Callable[[], Tensor], step: Callable[[], Tensor], rounds: int = 30) -> float:
-    """Returns how many times faster than an eager step another one is, measured by turns."""
+    """Returns the time of an eager step over that of another step, measured in turns."""
     times: dict[Callable[[], Tensor], list[float]] = {eager: [], step: []}
     for _ in range(rounds):
         for function, taken in times.items():
             start = time.perf_counter()
-            float(function())  # whose value is there when the step is done
+            function()
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # with the optimizer as well
+                torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
     return median(times[eager]) / median(times[step])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the flow, scores it, and says what the graph gained."""
+    """Trains the flow, scores it, and prints the speed-up by the graph."""
     parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5000, help="(default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=128, help="in a batch (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=12, help="of LDU (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="at first (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="by torch.compile")
+    parser.add_argument(
+        "--rows", type=int, default=128, help="rows of a step (default: %(default)s)"
+    )
+    parser.add_argument("--blocks", type=int, default=12, help="LDU blocks (default: %(default)s)")
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, help="initial learning rate (default: %(default)s)"
+    )
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     args = parser.parse_args(argv)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,11 +86,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         conditioner="independent",
         hidden_features=(256, 256),
     ).to(device)
-    # What a graph reads and writes stays where it is: a batch is copied into this tensor.
+    # A graph always reads the same memory, so each batch is copied into this tensor.
     batch = data.train[: args.rows].clone()
     rate = torch.tensor(args.lr, device=device)
 
-    pyro.enable_validation(False)  # its checks read values, for which a capture cannot wait
+    pyro.enable_validation(False)  # its checks read values, which is not possible in a capture
 
     def loss() -> Tensor:
         return -flow().log_prob(batch).mean()
@@ -94,17 +98,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     eager = step = likelihood_step(flow, loss, rate)
     kind = "eager"
     if args.compile:
-        # zuko asserts that a tuple is not empty, which the compiler takes for a tensor.
+        # The compiler would rewrite an assertion of zuko about a tuple as one about a tensor.
         torch._dynamo.config.rewrite_assert_with_torch_assert = False
         compiled = torch.compile(loss, mode="reduce-overhead")
         step, kind = likelihood_step(flow, compiled, rate), "compiled"
     elif device.type == "cuda":
-        step, kind = captured(eager), "captured"  # and three steps for the warm-up
+        step, kind = captured(eager), "captured"  # after three steps of warm-up
 
     train(step, data, batch, rate, args.lr, args.steps)
     score, error = evaluate(flow, data.test)
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.save(flow.state_dict(), args.out / "gpu.pt")  # before steps are taken to time them
+    torch.save(flow.state_dict(), args.out / "gpu.pt")  # before the further steps that are timed
     faster = 1.0 if step is eager else gain(eager, step)
     result = {"steps": kind, "log-likelihood": score, "error": error, "faster than eager": faster}
     (args.out / "gpu.json").write_text(json.dumps(result, indent=2))

@@ -2,9 +2,8 @@
 
 The progress of diabetes in 442 patients is regressed on their body mass index. Intercept and slope
 vary by sex and age, in ten groups, around common values. Guides are fitted by SVI and compared with
-draws by NUTS: how far the mean of a parameter is off, in its standard deviations, and how far that
-deviation is, of the parameter that fares worst. The table is printed; JSON and a picture are
-written to a folder.
+draws of NUTS by the largest error of a mean, in standard deviations, and of a standard deviation.
+The table is printed. JSON and a picture are written to the folder '--out'.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def read() -> tuple[Tensor, Tensor, Tensor]:
 def model(group: Tensor, bmi: Tensor, progress: Tensor) -> None:
     """Regresses progress on the body mass index.
 
-    The spreads of intercepts and slopes may be small, and where one is, ten numbers must agree: a
-    funnel.
+    If a spread of intercepts or slopes is small, ten numbers are nearly equal. The posterior is
+    therefore a funnel.
     """
     center = pyro.sample("center", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     spread = pyro.sample("spread", dist.HalfNormal(torch.ones(2)).to_event(1))
@@ -95,7 +94,7 @@ def fit_guide(
 
 
 def run_nuts(data: Data, args: argparse.Namespace) -> Draws:
-    """Draws from the posterior by NUTS."""
+    """Samples from the posterior by NUTS."""
     pyro.set_rng_seed(args.seed)
     kernel = NUTS(model, jit_compile=True, ignore_jit_warnings=True, max_tree_depth=8)
     mcmc = MCMC(kernel, num_samples=args.nuts, warmup_steps=args.nuts // 2)
@@ -104,13 +103,13 @@ def run_nuts(data: Data, args: argparse.Namespace) -> Draws:
 
 
 def flatten(draws: Draws) -> Tensor:
-    """Returns all parameters of the draws as rows, positive ones by their logarithm."""
+    """Returns all parameters of the draws as rows, with logarithms of the positive ones."""
     parts = {k: v.log() if k in ("spread", "noise") else v for k, v in draws.items()}
     return torch.cat([parts[k].reshape(len(parts[k]), -1) for k in sorted(parts)], dim=1)
 
 
 def picture(posteriors: dict[str, Draws], path: Path) -> None:
-    """Draws the slope of a group against the logarithm of the spread of slopes."""
+    """Plots the slope of a group against the logarithm of the spread of slopes."""
     fig, axes = plt.subplots(
         1, len(posteriors), figsize=(13, 3.2), sharex=True, sharey=True, layout="constrained"
     )

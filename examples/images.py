@@ -1,9 +1,9 @@
 """Table 4 of the paper (Wei, 2021): bits per dimension of images, and samples.
 
-Flows whose conditioners are a small PixelCNN are fitted to the 8 × 8 digits of scikit-learn or,
-where their original files are in a folder, to MNIST or CIFAR-10. The table is printed; JSON and a
-picture are written to a folder. A run that was interrupted goes on from there, if it is started
-again with the same options.
+Flows whose conditioners are small PixelCNNs are fitted to the 8 × 8 digits of scikit-learn, to
+MNIST or to CIFAR-10. The latter two are read from their original files in the folder '--data-root'.
+The table is printed. JSON, a picture and checkpoints are written to the folder '--out'. An
+interrupted run continues if it is started again with the same options.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pyro_sinflow import PixelCNN, SinusoidalFlow, record_inversions
 
 
 class Preset(NamedTuple):
-    """A data set, how it is prepared, and what it takes to fit a flow to it."""
+    """A data set, its preparation, and the options of the flows."""
 
     read: Callable[[Path | None], list[np.ndarray]]
     levels: int  # of brightness
@@ -73,21 +73,21 @@ FLOWS: dict[str, Callable[..., Flow]] = {
 def prepare(
     parts: Sequence[np.ndarray], levels: int, margin: float, seed: int = 0
 ) -> tuple[Data, Transform]:
-    """Makes real numbers of levels of brightness, as Papamakarios et al. (2017) do.
+    """Maps levels of brightness to real numbers, as Papamakarios et al. (2017) do.
 
-    Uniform noise is added to each level, and the sum is mapped to the interval from ``margin`` to
-    1 - ``margin``, and from there to the real line by the logit. All pixels then share one mean and
-    standard deviation.
+    Uniform noise is added to each level. The sum is mapped to the interval from ``margin`` to
+    1 - ``margin``, and from there to the real line by the logit. All pixels are standardized by one
+    mean and standard deviation.
 
     Args:
-        parts: The images to train, validate and test, with shape :math:`(N, C, H, W)` and whole
-            numbers from 0 to ``levels`` - 1.
+        parts: Images for training, validation and test, with shape :math:`(N, C, H, W)` and
+            integers from 0 to ``levels`` - 1.
         levels: The number of levels.
         margin: The margin.
         seed: The seed of the noise.
 
     Returns:
-        The data, and the map from them back to numbers between 0 and ``levels``.
+        The data, and the map from data to numbers between 0 and ``levels``.
     """
     rng = np.random.default_rng(seed)
     inside = AffineTransform(margin, (1 - 2 * margin) / levels)
@@ -100,7 +100,7 @@ def prepare(
 
 
 def bits_per_dimension(d: Distribution, x: Tensor, brightness: Transform) -> Tensor:
-    """Returns the bits that a density of prepared images spends on each pixel and channel.
+    """Returns the negative log-density of images in bits for each pixel and channel.
 
     Args:
         d: The density.
@@ -119,7 +119,7 @@ def sheet(images: Tensor, columns: int = 10, border: float = 0.5) -> Tensor:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say what is fitted, and for how long."""
+    """Adds the options of data, flow and training."""
     parser.add_argument(
         "--data", choices=PRESETS, default="digits", help="data set (default: %(default)s)"
     )
@@ -131,7 +131,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def preset_of(args: argparse.Namespace) -> Preset:
-    """Returns the preset of a data set, with the options that were given."""
+    """Returns the preset of a data set with the options of the command line."""
     preset = PRESETS[args.data]
     given = {name: getattr(args, name) for name in ("steps", "batch") if getattr(args, name)}
     return preset._replace(

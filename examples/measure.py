@@ -1,9 +1,9 @@
-"""How accurate the inverses are, and how many iterations they take, in three parts.
+"""The accuracy of inverses, and the number of iterations that they take, in three parts.
 
-Part 1 makes round trips through single blocks and whole flows, before and after training on patches
-of photographs. Part 2 counts Newton's iterations for single sinusoids. Part 3 counts the passes in
-which flows trained on patches draw samples. All figures are printed as tables and written to a
-folder, with a picture of the passes.
+Part 1 measures round trips through single blocks and whole flows, before and after training on
+patches of photographs. Part 2 counts iterations for single sinusoids. Part 3 counts the passes that
+flows trained on patches take to draw samples. Tables are printed. JSON and a picture of the passes
+are written to the folder '--out'.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONDITIONERS: dict[str, dict[str, Any]] = {
 }
 BLOCKS = 8
 AT_ONCE = 10  # samples: larger batches are inverted by forward substitution
-# The errors to stay below, by dtype.
+# The largest error that is aimed at, for each dtype.
 COMPOSED_AIM = {"float32": 1e-5, "float64": 1e-11}
 SINUSOID_AIM = {"float32": 5e-6, "float64": 1e-13}
 
@@ -43,12 +43,12 @@ Rows = list[dict[str, Any]]  # of a table: cells by the names of their columns
 
 
 def errors(transform: Transform, y: Tensor) -> Tensor:
-    """Returns |f(x) - y| / (1 + |x| + |y|) for x = f⁻¹(y): infinity in rows that overflow."""
+    """Returns |f(x) - y| / (1 + |x| + |y|) for x = f⁻¹(y), and infinity for rows that overflow."""
     with torch.no_grad():
         try:
             x = transform.inv(y)
             return (transform(x) - y).abs() / (1 + x.abs() + y.abs())
-        except (InversionError, ValueError):  # for want of an inverse, or of its image
+        except (InversionError, ValueError):  # x or f(x) is not finite
             if len(y) == 1:
                 return torch.full_like(y, math.inf)
             return torch.cat([errors(transform, part) for part in y.chunk(2)])
@@ -62,7 +62,7 @@ def trained(flow: SinusoidalFlow, features: int, steps: int) -> SinusoidalFlow:
 
 
 def round_trips(sizes: Sequence[int], steps: int, n: int, **options: Any) -> Rows:
-    """Part 1: the largest error from n rows of standard normal noise, and how many miss the aim."""
+    """Part 1: the largest error of n rows of normal noise, and the number that miss the aim."""
     columns = [*product(COMPOSED_AIM, ("untrained", "trained"))]
     aims = {f"{dtype}, {state}": COMPOSED_AIM[dtype] for dtype, state in columns}
     table: Rows = [{"conditioner": "aim", "blocks": "", "D": "", **aims}]
@@ -84,14 +84,14 @@ def round_trips(sizes: Sequence[int], steps: int, n: int, **options: Any) -> Row
 
 
 def ordinary(n: int) -> Tensor:
-    """Draws standard normal parameters and values."""
+    """Samples parameters and values from a standard normal distribution."""
     return torch.randn(n, 12)
 
 
 def saturated(n: int) -> Tensor:
-    """Draws parameters of up to 30, at which softplus, softmax and tanh saturate.
+    """Samples parameters of up to 30, at which softplus, softmax and tanh saturate.
 
-    Values are of either sign, and of every magnitude from 1e-4 to 1e4.
+    Values have either sign, and magnitudes from 1e-4 to 1e4.
     """
     parameters = 60 * torch.rand(n, 11) - 30
     value = (2 * torch.randint(2, (n, 1)) - 1) * 10 ** (8 * torch.rand(n, 1) - 4)
@@ -123,7 +123,7 @@ def newton(n: int) -> Rows:
 
 
 def histogram(features: int, steps: int, batches: int, **options: Any) -> Rows:
-    """Part 3: how often each number of passes inverted one triangular map."""
+    """Part 3: the frequency of each number of passes of a triangular map."""
     counts = {}
     for name, conditioner in CONDITIONERS.items():
         flow = SinusoidalFlow(features, transforms=BLOCKS, **conditioner, **options)
@@ -134,7 +134,7 @@ def histogram(features: int, steps: int, batches: int, **options: Any) -> Rows:
 
 
 def draw_passes(table: Rows, features: int, path: Path) -> None:
-    """Draws the histograms below each other, beside the number of passes that zuko takes."""
+    """Draws the histograms below each other, with the number of passes that zuko takes."""
     fig, axes = plt.subplots(
         len(CONDITIONERS), 1, figsize=(8, 6), sharex=True, sharey=True, layout="constrained"
     )
@@ -162,7 +162,7 @@ def draw_passes(table: Rows, features: int, path: Path) -> None:
 
 
 def cell(value: Any) -> str:
-    """Formats a number, or the largest error and how many rows miss the aim."""
+    """Formats a number, or the largest error and the number of rows that miss the aim."""
     if isinstance(value, tuple):
         error, missed = value
         return cell(error) + (f" ({missed})" if missed else "")
@@ -179,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", type=int, default=[1, 2, 3], help="default: all")
     parser.add_argument("--steps", type=int, default=300, help="of training (default: %(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help="a run of seconds, whose figures mean nothing"
+        "--quick",
+        action="store_true",
+        help="a run of seconds to test the script; its figures mean nothing",
     )
     args = parser.parse_args(argv)
     sizes, features, steps, rows, draws, batches = (1, 2, 16, 64), 63, args.steps, 1000, 10_000, 20

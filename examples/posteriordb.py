@@ -1,15 +1,21 @@
-"""Guides on nine posteriors of posteriordb, for equal steps and for equal processor time.
+"""Compares guides on nine posteriors of posteriordb, for equal steps and equal processor time.
 
-Each guide is fitted by SVI from several seeds, with the same optimizer. It takes the learning rate,
-of a short list, that reaches the best ELBO from the first seed. Printed are, for each posterior and
-guide, means over seeds of: the ELBO; the worst and the mean error of a mean, in standard deviations
-of the reference; those of the logarithm of a standard deviation; the Pareto k of importance
-sampling, which is reliable below 0.7, and its effective samples per second; and the time of a step
-over that of AutoIAFNormal. NUTS is run on two of the posteriors, with and without NeuTra. Every fit
-is written to a folder at once, and read from there if the command is given again; tables and a
-picture are made of them.
+Each guide is fitted by SVI with all learning rates of a short list from the first seed. The other
+seeds take the rate with the best ELBO. For each posterior and guide, the script prints means over
+seeds of
 
---data-root is a copy of stan-dev/posteriordb, or a folder of its data as JSON and draws as arrays.
+- the ELBO,
+- the largest and the mean error of a mean, in standard deviations of the reference,
+- the largest and the mean error of the logarithm of a standard deviation,
+- the Pareto k of importance sampling, which is reliable below 0.7, and its effective samples per
+  second,
+- the time of a step over that of AutoIAFNormal.
+
+NUTS is run on two of the posteriors, with and without NeuTra. Finished fits are kept in the folder
+'--out' and are not repeated.
+
+The folder '--data-root' is a copy of stan-dev/posteriordb, or has its data as JSON and its draws as
+arrays.
 """
 
 from __future__ import annotations
@@ -19,7 +25,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +48,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size
 from pyro.optim import ClippedAdam
 from torch import Tensor
-from tqdm import tqdm
-from training import arguments, print_table, spread, walk
+from training import arguments, print_table, spread, tune, walk
 
 from pyro_sinflow import AutoLDU
 
@@ -61,18 +65,18 @@ GUIDES: dict[str, Callable[[Model], AutoContinuous]] = {
 }
 HARDEST = ("eight_schools-eight_schools_noncentered", "kidiq-kidscore_interaction")
 SHOWN = ("AutoLDU", "AutoIAFNormal", "AutoMultivariateNormal")
-LAST = 0.01  # the share of the learning rate that is left at the end
+LAST = 0.01  # the final learning rate, as a fraction of the initial one
 
 
 def fit(
     model: Model, guide: AutoContinuous, lr: float, *, steps: int = 0, seconds: float = 0.0
 ) -> tuple[int, float]:
-    """Fits a guide by SVI, for some steps or for some time of the processor.
+    """Fits a guide by SVI, for some steps or some processor time.
 
-    The learning rate falls exponentially along either.
+    The learning rate falls exponentially.
 
     Returns:
-        The number of steps, and the time that they took.
+        The number of steps, and their time.
     """
     loss = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=0)
     svi = SVI(model, guide, optimizer := ClippedAdam({"lr": lr}), loss)
@@ -93,7 +97,7 @@ def flatten(draws: dict[str, Tensor], sites: Sequence[str]) -> Tensor:
 
 
 def score(posterior: Posterior, guide: AutoContinuous, draws: int) -> tuple[Fit, Tensor]:
-    """Compares a fitted guide with the reference, and returns its draws as well."""
+    """Compares a fitted guide with the reference, and returns the results and its draws."""
     with torch.no_grad():
         k = float(psis_diagnostic(posterior.model, guide, num_particles=draws, max_plate_nesting=0))
         start = time.process_time()
@@ -121,14 +125,14 @@ def score(posterior: Posterior, guide: AutoContinuous, draws: int) -> tuple[Fit,
 
 
 def common_sites(posterior: Posterior, sites: Any) -> list[str]:
-    """Returns the sites of the reference that the model has as well."""
+    """Returns the sites of the reference that are in the model, too."""
     return [site for site in posterior.draws if site in sites]
 
 
 def run_fit(
     name: str, guide: str, mode: str, rate: float, seed: int, args: argparse.Namespace
 ) -> Fit:
-    """Fits a guide, writes what it reached, and returns it; a fit that is there is read."""
+    """Returns the results of a fit, from its file if it exists."""
     stem = file_of(name, guide, mode, rate, seed, args)
     path = stem.with_suffix(".json")
     if path.exists():
@@ -160,28 +164,14 @@ def file_of(
 ) -> Path:
     """Returns where the results of a fit are, without the suffix."""
     options = f"{mode}{getattr(args, mode):g}_lr{rate:g}_draws{args.draws}"
-    # Without points, after which a suffix would begin.
+    # A dot would begin the suffix.
     return args.out / "fits" / f"{name}_{guide}_{options}_{seed}".replace(".", "-")
 
 
 def fit_all(args: argparse.Namespace) -> Results:
     """Fits all guides to all posteriors, and returns the fits of the best rates for each seed."""
     keys = [(n, g, m) for n in args.only for g in args.guides for m in ("steps", "seconds")]
-    results: Results = {}
-    with ProcessPoolExecutor(args.jobs) as pool:
-        first = {
-            key: [pool.submit(run_fit, *key, rate, 0, args) for rate in args.rates] for key in keys
-        }
-        for key, jobs in tqdm(first.items(), desc="learning rates"):
-            results[key] = [max((job.result() for job in jobs), key=elbo_of)]
-        others = [
-            (key, pool.submit(run_fit, *key, results[key][0]["rate"], seed, args))
-            for seed in range(1, args.seeds)
-            for key in keys
-        ]
-        for key, job in tqdm(others, desc="other seeds"):
-            results[key].append(job.result())
-    return results
+    return tune(partial(run_fit, args=args), keys, args.rates, args.seeds, elbo_of, args.jobs)
 
 
 def elbo_of(fit: Fit) -> float:
@@ -190,7 +180,7 @@ def elbo_of(fit: Fit) -> float:
 
 
 def run_nuts(name: str, results: Results, args: argparse.Namespace) -> None:
-    """Draws from a posterior by NUTS, plain and in the noise of a fitted guide."""
+    """Runs NUTS on a posterior, and in the noise space of fitted guides."""
     posterior = read(args.data_root, name)
     sites = list(posterior.draws)
     reference = flatten(posterior.draws, sites)
@@ -222,19 +212,19 @@ def run_nuts(name: str, results: Results, args: argparse.Namespace) -> None:
 
 
 def neutra_guides(args: argparse.Namespace) -> list[str]:
-    """Returns the guides in whose noise NUTS runs: those of the chosen ones that are flows."""
+    """Returns the chosen guides that are flows, in whose noise space NUTS runs."""
     return [guide for guide in ("AutoLDU", "AutoIAFNormal") if guide in args.guides]
 
 
 def nuts_file(name: str, args: argparse.Namespace) -> Path:
-    """Returns where the results of NUTS are."""
+    """Returns the file of the results of NUTS."""
     rates = "_".join(f"{rate:g}" for rate in args.rates).replace(".", "-")
     options = [f"nuts{args.nuts}", f"seconds{args.seconds:g}", f"lr{rates}", *neutra_guides(args)]
     return args.out / "fits" / f"{name}_{'_'.join(options)}.json"
 
 
 def margin(rows: Tensor) -> tuple[int, int]:
-    """Returns the two columns that depend most on each other, by values or by spreads."""
+    """Returns the two columns with the strongest rank correlation of values or spreads."""
     ranks = rows.argsort(0).argsort(0).double()
     spreads = (ranks - ranks.mean(0)).abs()
     size = rows.shape[1]
@@ -245,7 +235,7 @@ def margin(rows: Tensor) -> tuple[int, int]:
 
 
 def picture(results: Results, args: argparse.Namespace) -> None:
-    """Draws the hardest margin of each posterior: reference, and guides of equal time."""
+    """Draws the hardest margin of each posterior, for the reference and guides of equal time."""
     names = [*dict.fromkeys(name for name, _, _ in results)]
     fig, axes = plt.subplots(
         len(names), len(SHOWN) + 1, figsize=(11, 2.2 * len(names)), layout="constrained"
@@ -296,7 +286,7 @@ def mean_of(fits: list[Fit], key: str, at: int | None = None) -> float:
 
 
 def cells(fits: list[Fit]) -> list[str]:
-    """Returns what the tables say of the fits of one guide to one posterior."""
+    """Returns the cells of a table for the fits of one guide to one posterior."""
     if failed := [f for f in fits if "failed" in f]:
         return [f"{len(failed)} of {len(fits)} failed"] + 4 * ["-"]
     elbo, error = spread([f["elbo"] for f in fits], fits[0]["error"])
@@ -310,7 +300,7 @@ def cells(fits: list[Fit]) -> list[str]:
 
 
 def report(results: Results, args: argparse.Namespace) -> None:
-    """Prints a table for each budget, and one that counts where the aims are reached."""
+    """Prints a table for each budget, and one that counts how often the aims are reached."""
     names = [*dict.fromkeys(name for name, _, _ in results)]
     unit = "AutoIAFNormal" if "AutoIAFNormal" in args.guides else args.guides[0]
 
@@ -374,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seconds",
         type=float,
         default=20.0,
-        help="of the processor, for each fit (default: %(default)s)",
+        help="processor time of each fit (default: %(default)s)",
     )
     parser.add_argument(
         "--rates",

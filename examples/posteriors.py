@@ -1,7 +1,7 @@
-"""Nine posteriors of posteriordb: models in Pyro, their data, and draws of the reference.
+"""Nine posteriors of posteriordb: models in Pyro, their data, and reference draws.
 
 Models, data and draws are those of stan-dev/posteriordb (BSD-3). The sites of a model have the
-names of the reference's parameters, and any number of particles may stand before their events.
+names of the reference's parameters. Models support batches of particles.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 def flat(size: int, positive: bool = False) -> dist.Distribution:
     """Returns an improper flat prior of a vector, or of a number if the size is 0.
 
-    Pyro's ``ImproperUniform`` cannot be sampled, which guides do to find the shapes of sites. The
-    mask removes the density of what is sampled instead.
+    Guides sample each site once to find its shape, and Pyro's ``ImproperUniform`` has no samples.
+    Therefore another distribution is sampled, and its density is masked.
     """
     prior = (dist.LogNormal if positive else dist.Normal)(torch.zeros(size or ()), 1.0)
     return (prior.to_event(1) if size else prior).mask(False)

@@ -1,10 +1,10 @@
-"""Figure 5 and Appendix C of the paper (Wei, 2021): how long inverses take, and how near they come.
+"""Figure 5 and Appendix C of the paper (Wei, 2021): time and accuracy of inverses.
 
-A flow is fitted to digits, as images.py does. Images are generated, and held-out images
-reconstructed from their noise, at several tolerances and numbers of iterations, by the paper's
-Algorithm 1 and by the default solver. Times are in units of one log-density of the same images. The
-table is printed; JSON and pictures are written to a folder, where the flow of a run that was
-interrupted, or of images.py with the same options, is taken up.
+A flow is fitted to images as in images.py. Images are generated, and held-out images are
+reconstructed from their noise, with several tolerances and numbers of iterations, by the paper's
+Algorithm 1 and by the default solver. The unit of time is one log-density of the same images. The
+table is printed. JSON and pictures are written to the folder '--out'. If that folder has the
+checkpoint of an interrupted run, or of images.py with the same options, the fit continues from it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def curves(results: dict[str, Any], path: Path) -> None:
 
 
 def faces(rows: dict[str, Tensor], path: Path, columns: int = 20) -> None:
-    """Draws a row of images each."""
+    """Draws images in labelled rows."""
     fig, axes = plt.subplots(len(rows), 1, figsize=(9, 0.75 * len(rows)), layout="constrained")
     for ax, (name, images) in zip(axes, rows.items(), strict=True):
         ax.imshow(sheet(images[:columns], columns), cmap="gray", interpolation="nearest")
@@ -64,7 +64,7 @@ def faces(rows: dict[str, Tensor], path: Path, columns: int = 20) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fits the flow, and inverts it in many ways."""
+    """Fits the flow, and inverts it with several solvers and options."""
     parser = arguments(__doc__)
     add_options(parser)
     parser.add_argument("--images", type=int, default=100, help="number (default: %(default)s)")
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     x, noise = data.test[: args.images], torch.randn(args.images, *shape)
 
     def inverse(method: str, z: Tensor, **options: Any) -> Callable[[], Tensor]:
-        """Returns the inverse at z by a method, which may end before its tolerance is met."""
+        """Returns a function that computes the inverse at z, without warnings of the solver."""
         flow = make(solver=Solver(METHODS[method], **options)).eval()
         flow.load_state_dict(fitted.state_dict())
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return run
 
     def distance(y: Tensor) -> float:
-        """Returns the root of the mean square of an image's distance to the original."""
+        """Returns the root mean square distance of images to the originals."""
         return float((y - x).flatten(1).square().sum(dim=1).mean().sqrt())
 
     with torch.no_grad():

@@ -1,19 +1,18 @@
-"""Simulation-based inference: Sinusoidal Flows and zuko's spline flow on two tasks of sbibm's.
+"""Simulation-based inference: Sinusoidal Flows and zuko's spline flow on two tasks of sbibm.
 
 Neural posterior estimation (NPE) is run on two moons (Greenberg et al., 2019) and on SLCP
-(Papamakarios et al., 2019), by a plain loop, by lampe or by sbi. All flows get the same
-simulations, optimizer and early stopping. A table gives
+(Papamakarios et al., 2019), by a plain loop, by lampe or by sbi. All flows have the same
+simulations, optimizer and early stopping. A table shows
 
 - the mean log-posterior of held-out parameters, in standard deviations of the prior,
-- the calibration: the largest difference between credible levels and how often their regions hold
-  the true parameters,
+- the calibration: the largest difference between a credible level and the coverage of its region,
 - with '--data-root', the classifier two-sample test (C2ST) against the reference posteriors of
   sbibm (Lueckmann et al., 2021): the accuracy of a classifier that tells the flow's samples from
   reference samples, 0.5 at best and 1 at worst, as a mean over observations.
 
-Samples that the prior does not allow are rejected, as sbi does. Pictures are written to the folder
-'--out', and a JSON file for each finished fit: a run that was interrupted goes on from there, if it
-is started again with the same options.
+Samples outside the support of the prior are rejected, as in sbi. Pictures, and a JSON file for each
+finished fit, are written to the folder '--out'. An interrupted run continues if it is started again
+with the same options.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Result = dict[str, Any]
 
 
 class Cell(NamedTuple):
-    """A fit, and what is reported of it."""
+    """A fit, which the table reports."""
 
     client: str
     task: str
@@ -54,18 +53,18 @@ class Cell(NamedTuple):
 
 
 def budget_of(cell: Cell, args: argparse.Namespace) -> Budget:
-    """Returns how a flow is fitted, which is the same for all flows."""
+    """Returns the options of a fit, which are the same for all flows."""
     batch = args.batch or min(max(cell.simulations // 50, 50), 500)
     return Budget(args.steps, args.epochs, batch, args.lr, args.patience)
 
 
 def space_of(cell: Cell, args: argparse.Namespace) -> str:
-    """Returns what a flow is fitted in, which is the same for all flows."""
+    """Returns the space in which parameters are fitted, which is the same for all flows."""
     return args.space or ("real" if TASKS[cell.task].logits else "box")
 
 
 def file_of(cell: Cell, args: argparse.Namespace) -> Path:
-    """Returns the file of a result, whose name holds all options that it depends on."""
+    """Returns the file of a result. Its name has all options that the result depends on."""
     budget = budget_of(cell, args)
     options = (
         f"{space_of(cell, args)}_steps{budget.steps}_epochs{budget.epochs}_batch{budget.batch}"
@@ -78,9 +77,9 @@ def file_of(cell: Cell, args: argparse.Namespace) -> Path:
 
 @torch.no_grad()
 def ranks(posterior: Posterior, pairs: Pairs, n: int) -> torch.Tensor:
-    """Returns the credible level at which each posterior's region reaches the true parameters.
+    """Returns the level of the smallest credible region that holds the true parameters.
 
-    They are uniform between 0 and 1 if the posterior is calibrated (Hermans et al., 2022).
+    For a calibrated posterior, levels are uniform between 0 and 1 (Hermans et al., 2022).
     """
     theta, x = pairs
     samples = posterior.sample(n, x)
@@ -107,7 +106,7 @@ def compare(posterior: Posterior, cell: Cell, args: argparse.Namespace) -> list[
 
 
 def run_cell(cell: Cell, args: argparse.Namespace) -> None:
-    """Fits a flow, and writes what it reached."""
+    """Fits a flow, and writes the result."""
     torch.set_num_threads(1)
     task = TASKS[cell.task]
     torch.manual_seed(10_000 + cell.seed)
@@ -132,13 +131,13 @@ def run_cell(cell: Cell, args: argparse.Namespace) -> None:
     if args.data_root is not None:
         result["c2st"] = compare(posterior, cell, args)
     path = file_of(cell, args)
-    # In one step, so that an interruption leaves no partial file.
+    # Replace the file in one step: an interruption must not leave a partial file.
     (partial := path.with_suffix(".partial")).write_text(json.dumps(result))
     partial.replace(path)
 
 
 def run_cells(cells: Sequence[Cell], args: argparse.Namespace) -> dict[Cell, Result]:
-    """Runs what has no file yet, several at a time, and reads the results."""
+    """Runs the fits that have no file yet, several at a time, and reads all results."""
     (args.out / "cells").mkdir(parents=True, exist_ok=True)
     left = [cell for cell in cells if not file_of(cell, args).exists()]
     with (
@@ -178,7 +177,7 @@ def report(results: dict[Cell, Result], args: argparse.Namespace) -> None:
 
 
 def plot_coverage(ax: plt.Axes, results: dict[Cell, Result], cells: Sequence[Cell]) -> None:
-    """Draws how often credible regions hold the parameters, for most simulations, one seed."""
+    """Draws the coverage of credible regions, for the most simulations and the first seed."""
     most = max(cell.simulations for cell in cells)
     ax.axline((0, 0), slope=1, color="0.7")
     for cell in cells:
@@ -189,7 +188,7 @@ def plot_coverage(ax: plt.Axes, results: dict[Cell, Result], cells: Sequence[Cel
 
 
 def plot_c2st(ax: plt.Axes, results: dict[Cell, Result], cells: Sequence[Cell]) -> None:
-    """Draws the C2ST over the number of simulations."""
+    """Draws the C2ST against the number of simulations."""
     for flow in dict.fromkeys(cell.flow for cell in cells):
         scores: dict[int, list[float]] = {}
         for cell in cells:
@@ -258,12 +257,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     number("--seeds", 1, "how many")
     number("--steps", 5000, "of the optimizer, at most")
     number("--epochs", 100, "passes over the simulations, at most")
-    number("--patience", 20, "passes without a better validation after which a fit stops")
-    number("--lr", 1e-3, "the learning rate at first")
+    number("--patience", 20, "passes without a better validation score, after which a fit stops")
+    number("--lr", 1e-3, "initial learning rate")
     text = "simulations in a step (default: a fiftieth of all, between 50 and 500)"
     parser.add_argument("--batch", type=int, help=text)
-    text = "fit the parameters (box) or their logits, which have no bounds (real). By default, two "
-    text += "moons has the former, SLCP the latter"
+    text = "fit the parameters (box), or their logits, which are unbounded (real; default: box for "
+    text += "two moons, real for SLCP)"
     parser.add_argument("--space", choices=("box", "real"), help=text)
     number("--tests", 500, "held-out pairs")
     text = "folder of 'sbibm.npz'; without it, the C2ST is left out"
@@ -285,11 +284,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the fits that are asked for, and reports them."""
+    """Runs the fits, and reports the results."""
     args = parse(argv)
     if args.data_root is not None:
         for task in args.tasks:
-            TASKS[task].reference(args.data_root, args.observations)  # or an error, before any fit
+            TASKS[task].reference(args.data_root, args.observations)  # raises an error if missing
     cells = [
         Cell(*key)
         for key in product(args.client, args.tasks, args.simulations, args.flows, range(args.seeds))

@@ -1,4 +1,4 @@
-"""Simulators with a uniform prior, reference posteriors of sbibm's, and the test against them."""
+"""Simulators with a uniform prior, the reference posteriors of sbibm, and the C2ST."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Pairs = tuple[Tensor, Tensor]  # parameters, with shape (N, D), and observations
 
 
 def two_moons(theta: Tensor) -> Tensor:
-    """Observes a point on a half circle, whose place two parameters from -1 to 1 decide."""
+    """Simulates a point on a half circle, whose position depends on two parameters."""
     angle = math.pi * (torch.rand(len(theta)) - 0.5)
     radius = 0.1 + 0.01 * torch.randn(len(theta))
     moon = torch.stack((radius * angle.cos() + 0.25, radius * angle.sin()), dim=1)
@@ -40,7 +40,7 @@ def two_moons(theta: Tensor) -> Tensor:
 
 
 def slcp(theta: Tensor) -> Tensor:
-    """Observes four draws from a normal distribution in the plane, from five parameters."""
+    """Simulates four draws from a normal distribution in the plane with five parameters."""
     mean, scale, rho = theta[:, :2], theta[:, 2:4].square(), theta[:, 4].tanh()
     noise = torch.randn(len(theta), 4, 2)
     second = rho[:, None] * noise[..., 0] + (1 - rho[:, None].square()).sqrt() * noise[..., 1]
@@ -51,8 +51,9 @@ def slcp(theta: Tensor) -> Tensor:
 class Task(NamedTuple):
     """A simulator, and its prior: uniform between plus and minus ``bound``.
 
-    Flows are fitted to the logits of the parameters if ``logits``, otherwise to the parameters,
-    whichever gave all flows the higher held-out log-posterior with 1,000 simulations.
+    With ``logits``, flows are fitted to the logits of the parameters, otherwise to the parameters.
+    The choice is the one with the higher held-out log-posterior of all flows after 1,000
+    simulations.
     """
 
     simulate: Callable[[Tensor], Tensor]
@@ -61,7 +62,7 @@ class Task(NamedTuple):
     logits: bool
 
     def draw(self, n: int) -> Pairs:
-        """Draws parameters from the prior, and an observation from each."""
+        """Draws parameters from the prior, and simulates an observation for each."""
         theta = self.bound * (2 * torch.rand(n, self.parameters) - 1)
         return theta, self.simulate(theta)
 
@@ -86,7 +87,7 @@ def c2st(x: Tensor, y: Tensor, seed: int = 1) -> float:
     (Lueckmann et al., 2021).
 
     Args:
-        x: Samples with shape (N, D). They decide how both are standardized.
+        x: Samples with shape (N, D). Both sets are standardized by their mean and deviation.
         y: Samples with shape (M, D).
         seed: The seed of the classifier and of the folds.
     """
@@ -95,6 +96,6 @@ def c2st(x: Tensor, y: Tensor, seed: int = 1) -> float:
     labels = np.repeat((0.0, 1.0), (len(x), len(y)))
     classifier = MLPClassifier(2 * (10 * x.shape[1],), max_iter=10_000, random_state=seed)
     folds = KFold(5, shuffle=True, random_state=seed)
-    with threadpool_limits(1):  # more cost time on matrices as small as these
+    with threadpool_limits(1):  # more threads are slower for such small matrices
         scores = cross_val_score(classifier, rows, labels, cv=folds, scoring="accuracy")
     return float(scores.mean())

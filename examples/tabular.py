@@ -3,8 +3,8 @@
 POWER, GAS, HEPMASS, MINIBOONE and BSDS300 are read from 'data.tar.gz' of Zenodo record 1161203, in
 the folder '--data-root', where '--download' puts it. "BSDS300, rebuilt" is read from 'bsds300.npz'
 in that folder: patches that were cut anew from the same photographs. "patches" and "breast cancer"
-are data that scikit-learn ships. Each flow is fitted for some steps, or for some time of the
-processor. Scores are log-likelihoods of the test rows, in nats, in the units of the published
+are data that scikit-learn ships. Each flow is fitted for some steps, or for some
+processor time. Scores are log-likelihoods of the test rows, in nats, in the units of the published
 preprocessing. Passes are those of the inverse of one triangular map, for ten samples at a time. An
 interrupted run continues from its last validation.
 """
@@ -107,7 +107,7 @@ def load(name: str, archive: Archive | None, root: Path) -> tuple[Data, Preset, 
     if archive is not None and name in PRESETS:
         data = standardize(*PRESETS[name].load(archive))
         return data, PRESETS[name], data.std.log().sum()
-    # Data that are not the paper's take the options of its own patches, for a few steps.
+    # Other data sets take the options of BSDS300, with fewer steps.
     preset = PRESETS["BSDS300"]._replace(dropout=0.0, budget=Budget(1000, 128, 1e-3))
     data = OTHERS[name](root)
     return data, preset, data.std.log().sum()
@@ -120,13 +120,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--data", nargs="+", choices=[*PRESETS, *OTHERS], default=[*PRESETS], help="data sets"
     )
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the files")
-    parser.add_argument("--download", action="store_true", help="get the archive first")
+    parser.add_argument("--download", action="store_true", help="download the archive first")
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=["Sinusoidal"], help="flows")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of the optimizer (default: the paper's)")
-    parser.add_argument("--seconds", type=float, help="of the processor, in place of steps")
-    parser.add_argument("--batch", type=int, help="rows in a step (default: the paper's)")
-    parser.add_argument("--lr", type=float, help="learning rate at first (default: the paper's)")
+    parser.add_argument("--seconds", type=float, help="processor time, instead of steps")
+    parser.add_argument("--batch", type=int, help="rows of a step (default: the paper's)")
+    parser.add_argument("--lr", type=float, help="initial learning rate (default: the paper's)")
     parser.add_argument("--hidden", type=int, help="units of each layer (default: the paper's)")
     args = parser.parse_args(argv)
 
@@ -165,10 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(name: str, make: Callable[..., Flow], data: Data, preset: Preset, args: Any) -> Any:
-    """Fits a flow, and returns its score in nats of standardized rows, and what it took."""
+    """Fits a flow, and returns its score, in nats of standardized rows, and its cost."""
     hidden = args.hidden or preset.hidden
     options: dict[str, Any] = {"hidden_features": (hidden, hidden)}
-    if issubclass(getattr(make, "func", object), SinusoidalFlow):  # zuko's have no dropout
+    if issubclass(getattr(make, "func", object), SinusoidalFlow):  # zuko's flows have no dropout
         options["dropout"] = preset.dropout
     flow = partial(make, **options)
     budget = preset.budget

@@ -1,4 +1,4 @@
-"""What the examples share: fits of flows and guides, scores, times, tables and arguments."""
+"""Functions that several examples use: fits, scores, times, tables and arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 import time
 import timeit
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,16 +28,16 @@ from pyro_sinflow import record_inversions
 
 @dataclass(frozen=True)
 class Budget:
-    """What the fit of a flow may spend, and how.
+    """The options of a fit of a flow.
 
     Args:
         steps: The number of steps of the optimizer, AdamW.
-        batch: The number of rows in each.
-        lr: The learning rate at first. It falls to zero along a cosine.
+        batch: The number of rows of each step.
+        lr: The initial learning rate. It falls to zero along a cosine.
         weight_decay: The weight decay.
         every: The number of steps from one validation to the next.
-        patience: The number of steps without a better validation after which the fit stops.
-        clip: The norm to which longer gradients are cut.
+        patience: The number of steps without a better validation score after which the fit stops.
+        clip: The largest norm of a gradient; longer ones are scaled down to it.
     """
 
     steps: int
@@ -58,23 +59,23 @@ def fit(
 ) -> Flow:
     """Fits a flow by maximum likelihood, and leaves it with the weights that validated best.
 
-    With a checkpoint, a fit that was interrupted goes on from its last validation to the result
-    that it would have reached uninterrupted, and a finished one is read from the file.
+    With a checkpoint, an interrupted fit continues from its last validation and reaches the same
+    result as one without interruption. The result of a finished fit is read from the file.
 
     Args:
-        name: What the progress bar says.
+        name: The text of the progress bar.
         flow: The flow.
-        data: The rows to fit, and those to validate.
-        budget: What to spend.
-        checkpoint: The file to resume from, where it exists, and to write.
-        parameters: What the optimizer moves, perhaps in groups. If :py:`None`, all parameters.
+        data: The data set.
+        budget: The options of the fit.
+        checkpoint: The file to write, and to resume from if it exists.
+        parameters: The parameters, or groups of them, to optimize. If :py:`None`, all parameters.
 
     Returns:
         The flow, in evaluation mode.
 
     Raises:
-        ValueError: If the checkpoint is that of another budget.
-        RuntimeError: If the checkpoint is that of another flow.
+        ValueError: If the checkpoint has another budget.
+        RuntimeError: If the checkpoint is of another flow.
     """
     optimizer = torch.optim.AdamW(
         flow.parameters() if parameters is None else parameters,
@@ -90,7 +91,7 @@ def fit(
         saved = torch.load(checkpoint, weights_only=True)
         if saved["budget"] != asdict(budget):
             raise ValueError(
-                f"'{checkpoint}' should be of {asdict(budget)}, got one of {saved['budget']}: "
+                f"'{checkpoint}' should have the budget {asdict(budget)}, got {saved['budget']}: "
                 "delete it, or write to another folder."
             )
         for key, part in parts.items():
@@ -99,7 +100,7 @@ def fit(
         torch.set_rng_state(saved["random"])
         begin -= saved["seconds"]
 
-    patience = max(budget.patience, budget.every)  # what has not been validated is not given up
+    patience = max(budget.patience, budget.every)  # at least one validation
     with tqdm(desc=name, total=budget.steps, initial=step) as bar:
         while step < budget.steps and step - best_step < patience:
             rows = torch.randint(len(data.train), (budget.batch,))
@@ -122,7 +123,7 @@ def fit(
                 saved |= {"budget": asdict(budget), "random": torch.get_rng_state()}
                 saved |= {"progress": (step, best, best_step, weights)}
                 saved |= {"seconds": time.process_time() - begin}
-                # In one step, so that an interruption leaves no partial file.
+                # Replace the file in one step: an interruption must not leave a partial file.
                 torch.save(saved, partial := checkpoint.with_suffix(".partial"))
                 partial.replace(checkpoint)
 
@@ -137,34 +138,73 @@ def afford(
     checkpoint: Path,
     budget: Budget = Budget(30),
 ) -> int:
-    """Returns how many steps some seconds of the processor afford, given what 30 steps take.
+    """Returns the number of steps that fit into some processor time, by the time of 30 steps.
 
-    A checkpoint keeps the number of steps that it was begun with.
+    If there is a checkpoint, its number of steps is returned.
     """
     if checkpoint.exists():
         return torch.load(checkpoint, weights_only=True)["budget"]["steps"]
     flow, trial = make(data.train.shape[1]), replace(budget, steps=30, every=30)
-    # Processor time, and the shortest of several, so that other jobs do not slow one flow more.
+    # The shortest of several processor times, so that other jobs affect it less.
     times = timeit.repeat(
         lambda: fit("pace", flow, data, trial), timer=time.process_time, number=1, repeat=4
     )
     return max(int(trial.steps * seconds / min(times)), 1)
 
 
+def tune(
+    run: Callable[..., dict[str, Any]],
+    keys: Sequence[tuple[Hashable, ...]],
+    rates: Sequence[float],
+    seeds: int,
+    score: Callable[[dict[str, Any]], float],
+    jobs: int = 1,
+) -> dict[Any, list[dict[str, Any]]]:
+    """Chooses a learning rate by the first seed, and runs the other seeds with it.
+
+    Args:
+        run: A function that runs a fit, given the entries of a key, a learning rate and a seed. It
+            returns the results, with the learning rate as "rate".
+        keys: What to fit.
+        rates: The learning rates to try.
+        seeds: The number of seeds.
+        score: The score of the results of a fit. The rate with the highest one is chosen.
+        jobs: The number of fits at a time.
+
+    Returns:
+        The results for each key, of which the first is that of the first seed.
+    """
+    with ProcessPoolExecutor(jobs) as pool:
+        first = {pool.submit(run, *key, rate, 0): key for key in keys for rate in rates}
+        found: dict[Any, list[dict[str, Any]]] = {key: [] for key in keys}
+        for job in tqdm(as_completed(first), "learning rates", len(first)):
+            found[first[job]].append(job.result())
+        best = {key: max(fits, key=score) for key, fits in found.items()}
+        others = {
+            pool.submit(run, *key, best[key]["rate"], seed): key
+            for seed in range(1, seeds)
+            for key in keys
+        }
+        results = {key: [fit] for key, fit in best.items()}
+        for job in tqdm(as_completed(others), "other seeds", len(others)):
+            results[others[job]].append(job.result())
+    return results
+
+
 def restore(flow: Flow, checkpoint: Path) -> Flow:
-    """Gives a flow the weights that validated best in the fit of a checkpoint."""
+    """Loads the weights that validated best from a checkpoint into a flow."""
     *_, weights = torch.load(checkpoint, weights_only=True)["progress"]
     flow.load_state_dict(weights)
     return flow
 
 
 def spent(checkpoint: Path) -> float:
-    """Returns the processor time of the fit of a checkpoint, with all its interruptions."""
+    """Returns the total processor time of the fit of a checkpoint."""
     return torch.load(checkpoint, weights_only=True)["seconds"]
 
 
 def passes(name: str, flow: Flow, batches: int, size: int) -> list[int]:
-    """Returns how many passes each triangular map took to draw some samples at a time."""
+    """Returns the number of passes of each triangular map, for several batches of samples."""
     with torch.no_grad(), record_inversions() as inversions:
         for _ in trange(batches, desc=name):
             flow().sample((size,))
@@ -174,30 +214,31 @@ def passes(name: str, flow: Flow, batches: int, size: int) -> list[int]:
 def likelihood_step(
     flow: Flow, loss: Callable[[], Tensor], rate: Tensor, clip: float = 10.0
 ) -> Callable[[], Tensor]:
-    """Returns a step of maximum likelihood, by AdamW, that a CUDA graph can capture.
+    """Returns a step of maximum likelihood with AdamW that a CUDA graph can capture.
 
     Args:
         flow: The flow.
-        loss: Returns the loss of the present batch, which it finds in the same tensor each time.
-        rate: The learning rate, with shape (), for the caller to overwrite.
-        clip: The norm to which longer gradients are cut.
+        loss: A function that returns the loss of the current batch. It reads the batch from the
+            same tensor each time.
+        rate: The learning rate, with shape (), which the caller overwrites.
+        clip: The largest norm of the gradient.
 
     Returns:
-        A function that takes a step, and returns the loss before it.
+        A function that takes a step and returns the loss before it.
     """
-    # A graph repeats what it did to the same addresses: the optimizer has to count its steps on
-    # the GPU, and a learning rate that was a number would stay what it was.
+    # A graph repeats its kernels on the same addresses. The optimizer therefore has to count its
+    # steps on the GPU, and the learning rate has to be a tensor: a number would stay constant.
     parameters = [*flow.parameters()]
     capturable = parameters[0].is_cuda
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, capturable=capturable)
 
     def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)  # so that the graph writes gradients, and adds none
+        optimizer.zero_grad(set_to_none=True)  # so that the graph overwrites the gradients
         value = loss()
         value.backward()
-        nn.utils.clip_grad_norm_(parameters, clip)  # which reads no values, but for its errors
+        nn.utils.clip_grad_norm_(parameters, clip)  # does not wait for the device
         optimizer.step()
-        return value.detach()  # nodes of autograd that outlive a step remember its stream
+        return value.detach()  # a graph that outlives the step would keep its stream
 
     return step
 
@@ -205,19 +246,19 @@ def likelihood_step(
 def captured(step: Callable[[], Tensor], warm_up: int = 3) -> Callable[[], Tensor]:
     """Captures a step in a CUDA graph, which launches all of its kernels at once.
 
-    Nothing in the step may read values, so that validation has to be off, and no tensor that it
-    uses may move.
+    The step must not read values, so validation has to be off, and its tensors must stay in the
+    same memory.
 
     Args:
         step: The step, which returns a tensor.
-        warm_up: The number of steps that are taken before, at least one.
+        warm_up: The number of steps that are taken before the capture, at least one.
 
     Returns:
-        A function that replays the step, and returns the same tensor each time, with a new value.
+        A function that replays the step. It returns the same tensor each time, with a new value.
     """
-    # A capture takes another stream than the default one, of which no node may be left over: the
-    # warm-up takes that stream, too. It compiles Triton's kernels, makes workspaces of cuBLAS and
-    # the state of the optimizer, none of which may happen in a capture.
+    # A capture needs a stream other than the default one, and the warm-up takes the same stream.
+    # The warm-up compiles Triton's kernels and allocates the workspaces of cuBLAS and the state of
+    # the optimizer, which is not possible during a capture.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -226,7 +267,7 @@ def captured(step: Callable[[], Tensor], warm_up: int = 3) -> Callable[[], Tenso
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        result = step()  # which records the kernels, and runs none
+        result = step()  # records the kernels, and does not run them
 
     def replay() -> Tensor:
         graph.replay()
@@ -241,13 +282,13 @@ def evaluate(flow: Flow, rows: Tensor) -> tuple[float, float]:
     with torch.no_grad():
         try:
             scores = torch.cat([flow().log_prob(part) for part in rows.split(2000)])
-        except ValueError:  # by torch.distributions, of images that are not finite
+        except ValueError:  # torch.distributions raises it for values that are not finite
             return -math.inf, math.nan
     return float(scores.mean()), float(scores.std()) / len(scores) ** 0.5
 
 
 def spread(values: Sequence[float], error: float) -> tuple[float, float]:
-    """Returns the mean over seeds and its standard error; of one seed, the given error."""
+    """Returns the mean over seeds and its standard error. For one seed, the error is as given."""
     if len(values) > 1:
         error = stdev(values) / len(values) ** 0.5
     return mean(values), error
@@ -283,14 +324,14 @@ def infer(
     """Fits a guide by stochastic variational inference.
 
     Args:
-        name: What the progress bar says.
+        name: The text of the progress bar.
         model: The model.
         guide: The guide.
         loss: The loss.
-        lr: The learning rate at first.
+        lr: The initial learning rate.
         steps: The number of steps of the optimizer, ClippedAdam.
-        batch: Returns the arguments of model and guide for a step.
-        last: The share of the learning rate that is left at the end.
+        batch: A function that returns the arguments of model and guide for a step.
+        last: The final learning rate, as a fraction of the initial one.
     """
     svi = SVI(model, guide, ClippedAdam({"lr": lr, "lrd": last ** (1 / steps)}), loss)
     with trange(steps, desc=name) as bar:
@@ -300,7 +341,7 @@ def infer(
 
 
 def walk(model: Callable[[], None], draws: int) -> tuple[dict[str, Tensor], int]:
-    """Draws by NUTS, and returns the draws and the number of gradients after the warm-up."""
+    """Runs NUTS. Returns the draws, and the number of gradients after the warm-up."""
     count = begin = 0
 
     def counted() -> None:
@@ -320,7 +361,7 @@ def walk(model: Callable[[], None], draws: int) -> tuple[dict[str, Tensor], int]
 
 
 def seconds(function: Callable[[], Any], rounds: int = 5) -> float:
-    """Returns the time of the shortest round; what takes long has but one."""
+    """Returns the shortest time of several calls. After 3 seconds there are no further calls."""
     times: list[float] = []
     while len(times) < rounds and sum(times) < 3:
         start = time.perf_counter()
@@ -330,7 +371,7 @@ def seconds(function: Callable[[], Any], rounds: int = 5) -> float:
 
 
 def arguments(description: str | None, out: str = "folder for the results") -> ArgumentParser:
-    """Returns a parser of a script's arguments, with the folder that all scripts ask for."""
+    """Returns a parser of arguments with the option '--out', which all scripts have."""
     parser = ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

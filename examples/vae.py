@@ -1,8 +1,8 @@
 """A variational autoencoder of digits, with a normal prior and with flows as priors.
 
-The encoder and decoder are small networks; the guide is normal. With a flow as prior, the codes
-need not be normal. The bound of the evidence, and an estimate of the evidence by importance
-sampling, of held-out digits are printed; JSON and a picture of samples are written to a folder.
+The encoder and decoder are small networks, and the guide is normal. For held-out digits, the script
+prints the ELBO and an estimate of the log-evidence by importance sampling. JSON and a picture of
+samples are written to the folder '--out'.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class VAE(nn.Module):
     """A variational autoencoder of images with brightness from 0 to 16.
 
     Args:
-        flow: Blocks from code to noise, if the prior is a flow. A prior scores, so this is the
-            direction that should be explicit.
+        flow: Blocks from code to noise, if the prior is a flow. A prior scores codes, so this
+            direction should be explicit.
     """
 
     def __init__(self, flow: Any = None) -> None:
@@ -69,7 +69,7 @@ class VAE(nn.Module):
         return dist.Binomial(BRIGHTEST, logits=self.decoder(code)).to_event(1)
 
     def model(self, images: Tensor) -> None:
-        """Draws codes, and pixels given codes."""
+        """Samples codes, and pixels given codes."""
         pyro.module("vae", self)
         with pyro.plate("images", len(images), dim=-1):
             code = pyro.sample("code", self.prior())

@@ -170,7 +170,7 @@ def test_a_checkpoint_of_something_else_is_an_error(start, tmp_path):
     checkpoint = tmp_path / "fit.pt"
     start(checkpoint)
     with pytest.raises(
-        ValueError, match=r"fit\.pt' should be of .*'steps': 9,.* got .*'steps': 8,"
+        ValueError, match=r"fit\.pt' should have the budget .*'steps': 9,.* got .*'steps': 8,"
     ):
         start(checkpoint, steps=9)
     with pytest.raises(RuntimeError, match="size mismatch"):

@@ -165,7 +165,7 @@ def test_a_finished_fit_keeps_its_time(tmp_path):
 def test_a_checkpoint_of_another_budget_is_not_taken_for_this_one(tmp_path):
     options = ("--out", tmp_path, "--data", "breast cancer", "--flows", "MAF", "--hidden", "8")
     run("tabular.py", *options, "--steps", "1")
-    with pytest.raises(AssertionError, match=r"should be of .*'steps': 2"):
+    with pytest.raises(AssertionError, match=r"should have the budget .*'steps': 2"):
         run("tabular.py", *options, "--steps", "2")
 
 
