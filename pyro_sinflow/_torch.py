@@ -18,6 +18,7 @@ from torch.distributions.transforms import _InverseTransform
 from torch.nn.modules import activation
 from torch.nn.modules import module as _module
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import handle_torch_function, has_torch_function
 
 _PLAIN = {bool, int, float, str, type(None), torch.Size}
@@ -46,14 +47,15 @@ def is_concrete(*tensors: Tensor) -> bool:
 def can_branch_on(*tensors: Tensor) -> bool:
     """Whether Python may branch on the values of tensors.
 
-    It may not if the tensors are not concrete (:func:`is_concrete`), if ``torch.jit.trace`` records
-    them, or if they carry tangents of forward-mode differentiation or a batch of
-    ``is_grads_batched``.
+    It may not if the tensors are not concrete (:func:`is_concrete`), if ``torch.jit.trace`` or a
+    dispatch mode such as that of ``make_fx`` records operations, or if the tensors carry tangents
+    of forward-mode differentiation or a batch of ``is_grads_batched``.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
     ):
         return False
@@ -212,6 +214,25 @@ class State:
         if not self._is_known:
             return None
         return [2 * t._version + t.requires_grad for t in self._tensors]
+
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def optimizer_steps() -> int:
+    """Returns the number of steps of all optimizers in this process.
+
+    Fused optimizers, and some of Pyro's, change parameters without a new version.
+    """
+    return _optimizer_steps
 
 
 def modes(x: Tensor) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
 from . import _validate as check
-from ._torch import InverseTransform, State, is_concrete, modes, versions
+from ._torch import InverseTransform, State, is_concrete, modes, optimizer_steps, versions
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -61,8 +61,9 @@ class Bijection(Transform):
     With ``cache_size=1``, the transform keeps the latest pair (x, y) and its log-determinant, as
     Pyro's flows do, so that a guide scores its own samples without further computation. The pair is
     used only for a tensor that this transform has returned, in the same modes (gradients,
-    inference, autocast, training), and only as long as neither the pair nor the parameters have
-    changed. Like autograd, the cache does not notice changes through ``.data``.
+    inference, autocast, training), before the next step of any optimizer, and only as long as
+    neither the pair nor the parameters have changed. Like autograd, the cache does not notice
+    changes through ``.data``.
     """
 
     bijective = True
@@ -221,7 +222,7 @@ class Bijection(Transform):
             state = self._state = State(root)
         elif not state.is_unchanged(root):
             return (None,)
-        return *modes(x), *versions(x, y), state.versions()
+        return optimizer_steps(), *modes(x), *versions(x, y), state.versions()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles have no cached pair: tensors with a graph can be neither copied nor

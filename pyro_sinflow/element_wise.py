@@ -1,9 +1,10 @@
-r"""Element-wise transforms: a sinusoid, a chain of sinusoids, and an affine map."""
+r"""Element-wise transforms: sinusoids, affine maps and the inverse hyperbolic sine."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,34 @@ def bounded(u: Tensor, largest: float) -> Tensor:
     r"""Returns the log-scale :math:`u / (1 + |u| / \log m)`, between plus and minus log m."""
     # 'alpha' adds no overhead. A product with a Python number is slower than with a tensor.
     return u / torch.add(u.new_ones(()), u.abs(), alpha=1 / math.log(largest))
+
+
+class Deferred(Bijection):
+    """Builds an element-wise transformation at each use.
+
+    With stored parameters that were computed from others, it would be out of date after a step of
+    the optimizer, and could be differentiated only once.
+
+    Args:
+        build: A function that returns the transformation.
+    """
+
+    domain = constraints.real
+    codomain = constraints.real
+
+    def __init__(self, build: Callable[[], Bijection]) -> None:
+        super().__init__()
+
+        self.build = build
+
+    def __repr__(self) -> str:
+        return repr(self.build())
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.build()._call_and_ladj(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.build()._inverse(y)
 
 
 class Affine(Bijection):

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
@@ -20,6 +20,8 @@ from .lazy import Lazy
 from .networks import weight_dtype
 from .solvers import Solver
 from .transforms import TriangularTransform
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def _in_network_dtype(
@@ -83,6 +85,13 @@ class FastInverse(Lazy):
         return TriangularTransform(function, solver=self.solver)
 
 
+def _shallow_copy(module: M) -> M:
+    """Copies a module, without its submodules and without a call of its constructor."""
+    new = copy(module)
+    new._modules = {**module._modules}
+    return new
+
+
 def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
     """Returns a flow whose autoregressive transformations have a fast inverse.
 
@@ -117,15 +126,15 @@ def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
             found = True
             return FastInverse(lazy, solver)
         if isinstance(lazy, LazyComposedTransform):
-            new = copy(lazy)  # without a call of the constructor, which a subclass may have changed
-            new._modules = {**lazy._modules}
+            new = _shallow_copy(lazy)
             new.transforms = nn.ModuleList(map(convert, lazy.transforms))
             return new
         if isinstance(lazy, LazyInverse):
             return convert(lazy.transform).inv
         return lazy
 
-    fast = Flow(convert(flow.transform), flow.base)
+    fast = _shallow_copy(flow)
+    fast.transform = convert(flow.transform)
     if not found:
         warnings.warn(
             f"{type(flow).__name__} has no MaskedAutoregressiveTransform, so its inverse stays the "

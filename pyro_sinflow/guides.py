@@ -13,7 +13,7 @@ import torch
 from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
 from . import _validate as check
@@ -117,15 +117,14 @@ class AutoLDU(AutoContinuous):
         blocks = [ConditionalLDU(len(loc), **self._options) for _ in range(self._blocks)]
         for block in blocks:
             _start_as_identity(block)
-        self.blocks = nn.ModuleList(blocks).to(loc)
-        # Values that are already in Pyro's store, for example loaded from a file, replace these.
-        self._check_store()
-        pyro.module(self._pyro_get_fullname("blocks"), self.blocks, update_module_params=True)
         # Rows: the location, the log-scales, and the entries of A below, of B above the diagonal.
         affine = loc.new_zeros(len(loc) + 2, len(loc))
         affine[0] = loc / _FASTER
         affine[1] = math.log(self._init_scale) / _FASTER
-        self.affine = nn.Parameter(affine)
+        flow = nn.ModuleList(blocks).to(loc)
+        flow.register_parameter("affine", nn.Parameter(affine))
+        self._check_store(flow)
+        self.flow = flow
 
     def _check_plates(self) -> None:
         """Warns of latent variables in a plate that is subsampled."""
@@ -140,21 +139,20 @@ class AutoLDU(AutoContinuous):
                         stacklevel=2,
                     )
 
-    def _check_store(self) -> None:
+    def _check_store(self, flow: nn.Module) -> None:
         """Requires that the parameters in Pyro's store have the shapes of this guide."""
-        store, blocks = pyro.get_param_store(), self._pyro_get_fullname("blocks")
-        shapes = {f"{blocks}$$${n}": p.shape for n, p in self.blocks.named_parameters()}
-        shapes[self._pyro_get_fullname("affine")] = Size((self.latent_dim + 2, self.latent_dim))
-        for name, shape in shapes.items():
-            if name in store and store[name].shape != shape:
+        store, prefix = pyro.get_param_store(), self._pyro_get_fullname("flow")
+        for key, parameter in flow.named_parameters():
+            name = f"{prefix}$$${key}"
+            if name in store and store[name].shape != parameter.shape:
                 raise ValueError(
                     f"Pyro's parameter store has '{name}' of shape {tuple(store[name].shape)}, "
-                    f"this guide has {tuple(shape)}. If it belongs to another guide, call "
-                    "'pyro.clear_param_store()' first."
+                    f"this guide has {tuple(parameter.shape)}. If it belongs to another guide, "
+                    "call 'pyro.clear_param_store()' first."
                 )
 
-    def _parameter(self) -> Tensor:
-        """Returns the parameter of the affine map.
+    def _flow(self) -> Any:
+        """Returns the module that holds the blocks and the parameter of the affine map.
 
         Raises:
             RuntimeError: If the guide has not been called yet.
@@ -163,20 +161,25 @@ class AutoLDU(AutoContinuous):
             raise RuntimeError(
                 "AutoLDU finds its latent variables in the first call: call the guide first."
             )
-        return self.affine
+        return self._modules["flow"]  # as an attribute, PyroModule would register it
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """Returns the standard normal distribution."""
-        zeros = self._parameter().new_zeros(self.latent_dim)
+        zeros = self._flow().affine.new_zeros(self.latent_dim)
         return dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Returns the transformation from noise to latent variables, with a cache."""
-        fast, matrix = at_least_float32(self._parameter()).tensor_split((2,))
+        flow = self._flow()
+        # Pyro's store may hold other tensors than the module, for example after it was loaded from
+        # a file, or if this guide is a copy: they replace those of the module.
+        if not pyro.settings.get("module_local_params"):
+            pyro.module(self._pyro_get_fullname("flow"), flow, update_module_params=True)
+        fast, matrix = at_least_float32(flow.affine).tensor_split((2,))
         loc, log_scale = (_FASTER * fast).unbind()
         scale = log_scale.exp()
         affine = _Affine(loc, scale.diag() + _LINEAR * scale * matrix.tril(-1))
-        parts = [part for block in self.blocks for part in block.parts()]  # type: ignore[operator]
+        parts = [part for block in flow for part in block.parts()]
         return Composition(_Shear(matrix.triu(1)), *parts, affine, cache_size=1)
 
     @torch.no_grad()
@@ -201,7 +204,7 @@ class AutoLDU(AutoContinuous):
             ValueError: If ``quantiles`` is not a sequence, or a quantile is not between 0 and 1.
             RuntimeError: If the guide has not been called yet.
         """
-        affine = self._parameter()
+        affine = at_least_float32(self._flow().affine)
         try:
             levels = torch.as_tensor(quantiles, dtype=affine.dtype, device=affine.device)
         except (TypeError, ValueError, RuntimeError) as error:

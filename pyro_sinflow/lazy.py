@@ -16,8 +16,8 @@ from zuko.nn import MLP, MaskedMLP
 from . import _validate as check
 from ._torch import can_branch_on
 from .autoregressive import NetworkMap, name_of, splitter, treats_features_alike
-from .bijection import at_least_float32
-from .element_wise import Affine, Asinh, SinusoidalChain
+from .bijection import Bijection, at_least_float32
+from .element_wise import Affine, Asinh, Deferred, SinusoidalChain
 from .linear import Linear
 from .masks import masked_mlp
 from .networks import MaskedNetwork, check_context, check_triangular
@@ -179,11 +179,22 @@ class LazyElementWise(Lazy):
         nn.init.zeros_(self.hyper[-1].weight)
         nn.init.zeros_(self.hyper[-1].bias)
 
-    def moved(self, c: Tensor | None) -> Tensor:
+    def build(self, c: Tensor | None) -> Bijection:
+        """Returns the transformation with the current parameters, given a context."""
+        raise NotImplementedError
+
+    def forward(self, c: Tensor | None = None) -> Bijection:
+        """Returns the transformation, given a context."""
+        if c is not None or self.context > 0:
+            check_context(c, self.context, self.parameter.dtype)
+        computed = c is not None and self.hyper is not None
+        if computed or self.parameter.dtype.itemsize < 4:
+            return Deferred(partial(self.build, c))
+        return self.build(None)
+
+    def parameters_given(self, c: Tensor | None) -> Tensor:
         """Returns the parameters, given a context."""
         parameter = self.parameter
-        if c is not None or self.context > 0:
-            check_context(c, self.context, parameter.dtype)
         if c is not None and self.hyper is not None:
             move = self.hyper(c.to(parameter.dtype)).to(parameter.dtype)
             parameter = parameter + move.unflatten(-1, parameter.shape)
@@ -215,10 +226,10 @@ class LazyAffine(LazyElementWise):
         start = torch.zeros(*features, 2)
         super().__init__(start, context, hidden_features, activation, adjacency)
 
-    def forward(self, c: Tensor | None = None) -> Affine:
-        """Returns the transformation, given a context."""
-        moved = self.moved(c)
-        shift, scale = moved[..., 0], moved[..., 1]
+    def build(self, c: Tensor | None) -> Affine:
+        """Returns the transformation with the current parameters, given a context."""
+        parameters = self.parameters_given(c)
+        shift, scale = parameters[..., 0], parameters[..., 1]
         if c is None:
             return Affine(shift, scale, rate=_FASTER)
         return Affine(shift, scale + (_FASTER - 1) * self.parameter[..., 1])
@@ -302,9 +313,9 @@ class LazySinusoids(LazyElementWise):
             f"sinusoids: {sinusoids}, components: {size // 3}, min_slope: {self.min_slope}{solver}"
         )
 
-    def forward(self, c: Tensor | None = None) -> SinusoidalChain:
-        """Returns the transformation, given a context."""
-        return SinusoidalChain(self.moved(c), self.min_slope, self.solver)
+    def build(self, c: Tensor | None) -> SinusoidalChain:
+        """Returns the transformation with the current parameters, given a context."""
+        return SinusoidalChain(self.parameters_given(c), self.min_slope, self.solver)
 
 
 def initial_sinusoids(*shape: int, components: int) -> Tensor:

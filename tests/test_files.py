@@ -91,6 +91,8 @@ def test_a_batch_cannot_run_anything(example, tmp_path):
 
     path = tmp_path / "test_batch"
     path.write_bytes(pickle.dumps({b"data": Attack()}))
-    with pytest.raises(pickle.UnpicklingError, match=r"arrays only, got a call of '(posix|nt)\.mkdir'"):
+    with pytest.raises(
+        pickle.UnpicklingError, match=r"arrays only, got a call of '(posix|nt)\.mkdir'"
+    ):
         example("files").read_batch(path)
     assert not (tmp_path / "attacked").exists()

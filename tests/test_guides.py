@@ -188,7 +188,7 @@ def test_medians_and_quantiles_are_those_of_samples():
     normal = AutoDiagonalNormal(correlated)
     normal()
     with torch.no_grad():
-        normal.loc.copy_(10 * guide.affine[0])
+        normal.loc.copy_(10 * guide.flow.affine[0])
     for name, value in guide.median().items():
         assert torch.allclose(value, normal.median()[name], atol=0.02, rtol=0.02)
     levels = [0.05, 0.5, 0.95]
@@ -291,6 +291,41 @@ def test_the_parameter_store_restores_a_guide(listed, tmp_path):
     assert [n for n, p in guide.named_parameters() if torch.equal(p, before[n])] == []
 
 
+def pickled(guide):
+    return pickle.loads(pickle.dumps(guide))
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, pickled, "roll back"])
+def test_the_parameter_store_and_a_used_guide_agree(change, tmp_path):
+    """Copies, and guides whose parameters were loaded into the store, are trained."""
+    guide = Small(correlated)
+    guide()
+    x = torch.randn(5, 3)
+    start = guide.get_transform()(x)
+    store = pyro.get_param_store()
+    store.save(tmp_path / "store")
+    fit(correlated, guide, steps=3)
+    if callable(change):
+        start = guide.get_transform()(x)
+        guide = change(guide)
+    else:
+        store.load(tmp_path / "store")
+    assert torch.equal(guide.get_transform()(x), start)
+    before = {name: value.clone() for name, value in store.items()}
+    fit(correlated, guide, steps=2)
+    assert [name for name, value in store.items() if torch.equal(value, before[name])] == []
+    assert not torch.equal(guide.get_transform()(x), start)
+
+
+def test_local_parameters_do_not_reach_the_store():
+    with pyro.settings.context(module_local_params=True):
+        guide = Small(correlated)
+        loss = Trace_ELBO().differentiable_loss(correlated, guide)
+        loss.backward()
+    assert all(p.grad is not None for p in guide.parameters())
+    assert len(pyro.get_param_store()) == 0
+
+
 def test_stored_parameters_of_another_guide_are_refused():
     def model(size):
         pyro.sample("x", dist.Normal(torch.zeros(size), 1.0).to_event(1))
@@ -311,7 +346,10 @@ def test_half_precision_is_lifted():
         loc = torch.zeros(2, dtype=torch.bfloat16)
         pyro.sample("x", dist.Normal(loc, torch.ones_like(loc)).to_event(1))
 
-    assert Small(model)()["x"].dtype == torch.float32
+    guide = Small(model)
+    assert guide()["x"].dtype == torch.float32
+    guide.bfloat16()
+    assert guide()["x"].dtype == guide.median()["x"].dtype == torch.float32
 
 
 def test_many_samples_of_many_variables():

@@ -7,6 +7,7 @@ import torch
 from conftest import FLOAT
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_sinflow import InversionWarning, Solver, kernels, record_inversions
 from pyro_sinflow.kernels import eager, evaluate, invert
@@ -194,6 +195,23 @@ def test_extremes_are_finite_and_are_inverted_to_round_off(use, name, batch, siz
     assert error.max() <= 32 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("way", ["numpy", "torch"])
+@pytest.mark.parametrize(("batch", "k"), [((3,), 3), ((3,), 40), ((7, 3), 3)])
+def test_gradients_of_low_frequencies_far_from_zero(use, batch, k, way):
+    """The third power of a number may overflow where its product with the frequency is small."""
+    x, parameters = draw((7, 3), batch, k=k)
+    x, parameters[..., :k] = 1e13 * x, -37.0
+    use(way)
+
+    def gradient(x, p):
+        y, _ = evaluate(x, p.requires_grad_(), MIN_SLOPE)
+        return torch.autograd.grad(y.sum(), p)[0][..., :k].double()
+
+    expected = gradient(x, parameters)
+    given = gradient(x.float(), parameters.detach().float())
+    assert torch.allclose(given, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
 REAL = st.floats(-1e4, 1e4)
 
 
@@ -272,6 +290,9 @@ def test_what_looks_at_more_than_values_takes_plain_operations(function):
         value, tangent = torch.autograd.forward_ad.unpack_dual(call(dual))
     assert not fused(value)
     assert torch.allclose(value, expected)
+    recorded = make_fx(call)(x)
+    other = torch.randn_like(x)
+    assert torch.allclose(recorded(other), call(other))
     (slope,) = torch.autograd.grad(call(x.requires_grad_()).sum(), x)
     assert torch.allclose(tangent, slope)
     assert torch.allclose(torch.func.vmap(call)(x.detach()), expected)

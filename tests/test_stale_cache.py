@@ -2,7 +2,9 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import pyro
 import pytest
 import torch
 from conftest import perturb
@@ -67,6 +69,30 @@ def test_the_cache_never_goes_stale(case, inverse):
         assert f.inv(y) is not x
     with torch.inference_mode():
         assert f.inv(y) is not x
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.Adam, lr=0.1),
+        partial(torch.optim.Adam, lr=0.1, fused=True),
+        partial(torch.optim.SGD, lr=0.1, fused=True),
+        partial(pyro.optim.clipped_adam.ClippedAdam, lr=0.1),
+    ],
+)
+def test_the_cache_sees_steps_of_optimizers(optimizer):
+    """Some of them change parameters without a new version."""
+    t = perturb(LDU(3))
+    step = optimizer(t.parameters())
+    with torch.no_grad():
+        y = t(x := torch.randn(5, 3))
+        assert t.inv(y) is x
+    for p in t.parameters():
+        p.grad = torch.ones_like(p)
+    step.step()
+    with torch.no_grad():
+        assert t.inv(y) is not x
+        assert torch.equal(t.inv(y), t.inv(y.clone()))
 
 
 def test_the_cache_knows_none_but_its_own_tensors():

@@ -181,6 +181,26 @@ def test_fast_inverse_of_a_flow_in_half_precision(dtype):
     assert torch.allclose(ours, zukos.to(ours), atol=0.5)
 
 
+class Embedded(zuko.flows.MAF):
+    """A flow with a method of its own, as users write them."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.net = torch.nn.Linear(4, 2)
+
+    def forward(self, c):
+        return super().forward(self.net(c))
+
+
+def test_fast_inverse_keeps_the_class_of_a_flow():
+    flow, c, x = Embedded().eval(), torch.randn(5, 4), torch.randn(5, 3)
+    fast = fast_inverse(flow)
+    assert torch.allclose(fast(c).log_prob(x), flow(c).log_prob(x))
+    assert {*map(id, fast.parameters())} == {*map(id, flow.parameters())}
+    assert not fast.training
+    assert isinstance(flow.transform.transforms[0], zuko.flows.MaskedAutoregressiveTransform)
+
+
 def test_order():
     order = [2, 0, 1]
     block = perturb(ConditionalLDU(3, order=order))
@@ -199,16 +219,20 @@ def test_zuko_transforms_compose_with_a_module():
     assert torch.allclose(t.inv(y), x, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_distribution_without_context_follows_its_flow(options):
-    flow = perturb(SinusoidalFlow(3, **options), 0.05)
-    d, x = flow(), torch.randn(5, 3)
+def test_a_distribution_follows_its_flow(options, context, dtype):
+    flow = perturb(SinusoidalFlow(3, context, **options), 0.05).to(dtype)
+    c = torch.randn(5, context, dtype=dtype) if context else None
+    d, x = flow(c), torch.randn(5, 3)
     for _ in range(2):  # each use has a graph of its own
         d.log_prob(x).mean().backward()
+        d.rsample().mean().backward()
     assert all(p.grad is not None for p in flow.parameters())
     before = d.log_prob(x)
     perturb(flow)
-    assert torch.equal(d.log_prob(x), flow().log_prob(x))
+    assert torch.equal(d.log_prob(x), flow(c).log_prob(x))
     assert not torch.equal(d.log_prob(x), before)
 
 

@@ -179,8 +179,13 @@ class _Reduced(NamedTuple):
     x_sine: Array  # of the value, times x sin(2ax)
     curvature: Array  # of the slope, times 2x (sin(2b) cos(2ax) + cos(2b) sin(2ax))
     total: Array  # of the value
-    cubic: Array  # of the value, times x^3
-    square: Array  # the largest x^2
+    cubic: Array  # of the value, times x (x / peak)^2; x^3 might overflow
+    peak: Array  # the largest |x|
+
+
+def _peak(xs: Array, xp: SimpleNamespace) -> Array:
+    """Returns the largest magnitude of each row, at least the smallest normal number."""
+    return xp.clip(xp.amax(abs(xs), 3), float(xp.finfo(xs.dtype).tiny), None)
 
 
 class _ByProducts:
@@ -210,7 +215,8 @@ class _ByProducts:
         total = rows.sum(3)[:, :, None]  # (M, B, 1, 4)
         sine = 2 * products[:, :, :k]
         cosine = total - 2 * products[:, :, k:]
-        square = xs * xs
+        peak = _peak(xs, xp)
+        unit = xs / peak
         return _Reduced(
             p=products[:, :, :k, :1] / chain.frequency,
             q=products[:, :, k:, :1] / chain.frequency,
@@ -220,8 +226,8 @@ class _ByProducts:
             x_sine=sine[..., 2:3],
             curvature=2 * (chain.sine * cosine[..., 3:] - chain.cosine * sine[..., 3:]),
             total=total[..., :1],
-            cubic=(rows[:, :, 2:3] * square).sum(3, keepdims=True),
-            square=xp.amax(square, 3),
+            cubic=(rows[:, :, 2:3] * (unit * unit)).sum(3, keepdims=True),
+            peak=peak,
         )
 
 
@@ -247,7 +253,8 @@ class _BySums:
         """Sums cotangents over the numbers of a row, if they share their parameters."""
         xs, p, q, cosine, xp = self.xs, self.p, self.q, self.cosine, self.xp
         over_a = g_value / self.chain.frequency
-        value_x, square = g_value * xs, xs * xs
+        value_x, own = g_value * xs, self.chain.frequency.shape[3] > 1
+        peak = xp.clip(abs(xs), float(xp.finfo(xs.dtype).tiny), None) if own else _peak(xs, xp)
         sums = (
             over_a * p,
             over_a * q,
@@ -257,11 +264,11 @@ class _BySums:
             (2 * value_x) * p,
             (2 * g_slope * xs) * self.turned,
             g_value,
-            value_x * square,
+            value_x * (xs / peak) ** 2,
         )
-        if self.chain.frequency.shape[3] > 1:
-            return _Reduced._make((*sums, square))
-        return _Reduced._make((*[t.sum(3, keepdims=True) for t in sums], xp.amax(square, 3)))
+        if own:
+            return _Reduced._make((*sums, peak))
+        return _Reduced._make((*[t.sum(3, keepdims=True) for t in sums], peak))
 
 
 def _parameter_gradients(
@@ -273,9 +280,10 @@ def _parameter_gradients(
     limit = bound(min_slope, eps)
     # The derivative of P / a by a is (x cos(2ax) - P / a) / a. For small ax, this is a difference
     # of nearly equal numbers, and is replaced by the first term of its series.
-    squares = a * a
-    small = squares * reduced.square < eps**0.5
-    by_p = xp.where(small, squares * reduced.cubic * (-4 / 3), reduced.x_cosine - reduced.p)
+    largest = a * reduced.peak
+    squares = largest * largest
+    series = squares * reduced.cubic * (-4 / 3)
+    by_p = xp.where(squares < eps**0.5, series, reduced.x_cosine - reduced.p)
     by_q = reduced.x_sine - reduced.q
     by_a = xp.addcmul(u * by_p, v, by_q)
     by_a /= a
