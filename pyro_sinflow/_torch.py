@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from functools import partial, wraps
 from itertools import chain
 from operator import is_
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.distributions.transforms import _InverseTransform
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import activation
 from torch.nn.modules import module as _module
 from torch.nn.modules.dropout import _DropoutNd
@@ -28,34 +30,21 @@ InverseTransform = _InverseTransform
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def is_concrete(*tensors: Tensor) -> bool:
-    """Whether the tensors have values that can be kept after the call.
-
-    Tensors inside ``torch.compile`` or a ``torch.func`` transform have no such values. Fake and
-    meta tensors have no values at all.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    for t in tensors:
-        if isinstance(t, FakeTensor) or t.is_meta:
-            return False
-    return True
+M = TypeVar("M", bound=nn.Module)
 
 
 def can_branch_on(*tensors: Tensor) -> bool:
     """Whether Python may branch on the values of tensors.
 
-    It may not if the tensors are not concrete (:func:`is_concrete`), if ``torch.jit.trace`` or a
-    dispatch mode such as that of ``make_fx`` records operations, or if the tensors carry tangents
-    of forward-mode differentiation or a batch of ``is_grads_batched``.
+    It may not inside ``torch.compile``, ``torch.func``, ``torch.jit.trace``, ``make_fx`` or
+    forward-mode differentiation, nor if they are fake or meta tensors, or a batch of
+    ``is_grads_batched``.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
         or forward_ad._current_level >= 0
     ):
         return False
@@ -201,7 +190,6 @@ class State:
                     stack += [part for name, part in held.items() if name not in _INTERNAL]
                     contents = contents[len(held) :]
                 stack += contents
-        self._is_known = not any(t.is_inference() for t in self._tensors)  # those have no versions
 
     def is_unchanged(self, root: dict[str, Any]) -> bool:
         """Whether all objects hold what they held, versions of tensors aside."""
@@ -209,11 +197,10 @@ class State:
             return False
         return all(_same(_contents(value), before) for value, before in self._objects)
 
-    def versions(self) -> list[int] | None:
+    def versions(self) -> list[int | None] | None:
         """Returns the versions of the tensors, or None if there are tensors of inference mode."""
-        if not self._is_known:
-            return None
-        return [2 * t._version + t.requires_grad for t in self._tensors]
+        seen = versions(*self._tensors)
+        return None if None in seen else seen
 
 
 _optimizer_steps = 0
@@ -249,6 +236,13 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Returns a context in which matrix products keep the precision of x."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if autocasting(device) else nullcontext()
+
+
+def shallow_copy(module: M) -> M:
+    """Copies a module without its submodules, and without a call of its constructor."""
+    new = copy(module)
+    new._modules = {**module._modules}
+    return new
 
 
 _RANDOM = (_DropoutNd, nn.RReLU)  # in training

@@ -3,6 +3,7 @@ r"""Autoregressive maps: evaluation and sequential inverse in one object."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
@@ -80,6 +81,11 @@ class AutoregressiveMap:
             f"'conditioner' should return a Transform, got {type(univariate).__name__}.{hint}"
         )
 
+    def enough_passes(self, shape: Size) -> int:
+        """Returns a number of passes, at least one, that is enough for values of a shape."""
+        features = prod(shape[len(shape) - self.event_dim :])
+        return max(min(features, self.passes or features), 1)
+
     def frozen(self, y: Tensor) -> FrozenInverse | None:
         r"""Returns the inverse at y with the current weights, without a graph.
 
@@ -91,12 +97,12 @@ class AutoregressiveMap:
         return None
 
 
+@dataclass(eq=False, repr=False)
 class NetworkMap(AutoregressiveMap):
     r"""A map whose parameters come from a masked network, which can be evaluated in stages.
 
     Args:
         conditioner: A function that takes x and returns the element-wise increasing :math:`\tau`.
-        module: The module that owns the parameters.
         network: Its network, whose input is the features followed by the context, or :py:`None` if
             the network is not known, or ``univariate`` cannot be applied to some of the features.
         univariate: The constructor of :math:`\tau`.
@@ -106,28 +112,16 @@ class NetworkMap(AutoregressiveMap):
         passes: An upper bound on the number of passes of the inverse.
     """
 
+    conditioner: Callable[[Tensor], Transform]
+    network: nn.Module | None
+    univariate: Callable[..., Transform]
+    shapes: Sequence[Sequence[int]]
+    c: Tensor | None
     features: Size
+    passes: int | None = None
 
-    def __init__(
-        self,
-        conditioner: Callable[[Tensor], Transform],
-        module: nn.Module,
-        network: nn.Module | None,
-        univariate: Callable[..., Transform],
-        shapes: Sequence[Sequence[int]],
-        c: Tensor | None,
-        features: Size,
-        passes: int | None = None,
-    ) -> None:
-        self.conditioner = conditioner
-        self.module = module
-        self.network = network
-        self.univariate = univariate
-        self.shapes = shapes
-        self.c = c
-        self.features = features
-        self.event_dim = len(features)
-        self.passes = passes
+    def __post_init__(self) -> None:
+        self.event_dim = len(self.features)
 
     def __repr__(self) -> str:
         context = "" if self.c is None else f", context: {tuple(self.c.shape)}"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from copy import copy
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
@@ -15,13 +14,12 @@ from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, LazyTransform
 from zuko.transforms import AutoregressiveTransform
 
 from . import _validate as check
+from ._torch import shallow_copy
 from .autoregressive import NetworkMap, treats_features_alike
 from .lazy import Lazy
 from .networks import weight_dtype
 from .solvers import Solver
 from .transforms import TriangularTransform
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def _in_network_dtype(
@@ -74,7 +72,6 @@ class FastInverse(Lazy):
         )
         function = NetworkMap(
             partial(_in_network_dtype, t.meta, lazy.hyper),
-            lazy,
             lazy.hyper if standard and treats_features_alike(lazy.univariate) else None,
             lazy.univariate,
             lazy.shapes,
@@ -83,13 +80,6 @@ class FastInverse(Lazy):
             t.passes,
         )
         return TriangularTransform(function, solver=self.solver)
-
-
-def _shallow_copy(module: M) -> M:
-    """Copies a module, without its submodules and without a call of its constructor."""
-    new = copy(module)
-    new._modules = {**module._modules}
-    return new
 
 
 def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
@@ -126,14 +116,14 @@ def fast_inverse(flow: Flow, solver: Solver = Solver()) -> Flow:
             found = True
             return FastInverse(lazy, solver)
         if isinstance(lazy, LazyComposedTransform):
-            new = _shallow_copy(lazy)
+            new = shallow_copy(lazy)
             new.transforms = nn.ModuleList(map(convert, lazy.transforms))
             return new
         if isinstance(lazy, LazyInverse):
             return convert(lazy.transform).inv
         return lazy
 
-    fast = _shallow_copy(flow)
+    fast = shallow_copy(flow)
     fast.transform = convert(flow.transform)
     if not found:
         warnings.warn(

@@ -14,19 +14,19 @@ from zuko.lazy import (
     Flow,
     LazyComposedTransform,
     UnconditionalDistribution,
+    UnconditionalTransform,
 )
 
 from . import _validate as check
 from .block import ConditionalLDU
-from .element_wise import Affine, SinusoidalChain
+from .element_wise import Affine, Asinh, SinusoidalChain
 from .lazy import (
     Lazy,
     LazyAffine,
-    LazyAsinh,
-    LazyLinear,
     LazyTriangular,
     initial_sinusoids,
 )
+from .linear import Linear
 from .masks import check_adjacency
 from .networks import MaskedNetwork
 from .solvers import Solver
@@ -178,7 +178,9 @@ class SinusoidalFlow(Flow):
         if independent:
             make = partial(ConditionalLDU, scale=scale, context_diagonal=context_diagonal)
 
-        lazy: list[Lazy] = [LazyAsinh(shape)] if tails else []
+        lazy: list[nn.Module] = []
+        if tails:
+            lazy.append(UnconditionalTransform(Asinh, torch.zeros(shape)))
         ascending = torch.arange(shape.numel())
         for i in range(transforms):
             order = torch.randperm(shape.numel()) if randperm else ascending
@@ -186,9 +188,9 @@ class SinusoidalFlow(Flow):
                 order = order.flip(0)
             structure = {"order": order} if adjacency is None else {"adjacency": adjacency}
             if linear:
-                lazy.append(LazyLinear(shape.numel()))
+                lazy.append(UnconditionalTransform(Linear, torch.zeros(2 * [shape.numel()])))
             lazy.append(make(shape, context, **structure, **options))
-        lazy.append(LazyAffine(shape, context, hidden_features, activation, seen))
+        lazy.append(LazyAffine(torch.zeros(*shape, 2), context, hidden_features, activation, seen))
 
         base = UnconditionalDistribution(
             DiagNormal,

@@ -161,7 +161,8 @@ class AutoLDU(AutoContinuous):
             raise RuntimeError(
                 "AutoLDU finds its latent variables in the first call: call the guide first."
             )
-        return self._modules["flow"]  # as an attribute, PyroModule would register it
+        # As an attribute, PyroModule would register it in the store.
+        return nn.Module.__getattr__(self, "flow")
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """Returns the standard normal distribution."""

@@ -12,7 +12,6 @@ the correct first derivative; n steps in a row have n correct derivatives.
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -61,16 +60,14 @@ def invert(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
 
 def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
     """Runs the number of passes that is always enough, in operations that torch can transform."""
-    features = prod(y.shape[y.ndim - function.event_dim :])
-    limit = min(features, function.passes or features, solver.max_iter or features)
+    limit = function.enough_passes(y.shape)
+    limit = min(limit, solver.max_iter or limit)
     x = torch.zeros_like(y)
     for _ in range(limit):
         new = inverse(function(x), y)
         bound = largest(y.dtype)
         x = new.nan_to_num(nan=0.0).clamp(-bound, bound)
     record("triangular", limit, y.numel())
-    if not features:
-        return x
     return new.where(finite_events(new, function.event_dim), torch.nan)  # without an error
 
 
@@ -93,7 +90,7 @@ def _root(
         function.event_dim,
         solver,
         "triangular",
-        function.passes,
+        function.enough_passes(y.shape),
         frozen is not None,
     )
 
@@ -145,10 +142,6 @@ class _Jacobian:
         (product,) = torch.autograd.grad(vjp, z, v, retain_graph=True, materialize_grads=True)
         return product
 
-    def _features(self, b: Tensor) -> int:
-        features = prod(b.shape[b.ndim - self.function.event_dim :])
-        return min(features, self.function.passes or features)
-
     def solve(self, b: Tensor, transposed: bool) -> Tensor:
         """Solves a linear system with the Jacobian, or its transpose."""
         if self._diagonal is None:
@@ -156,10 +149,11 @@ class _Jacobian:
                 self.value, self.own, torch.ones_like(self.value), retain_graph=True
             )
         diagonal, event_dim = self._diagonal, self.function.event_dim
+        passes = self.function.enough_passes(b.shape) - 1  # the start counts as a pass
         start = b / diagonal
         if not can_branch_on(b):
             v = start
-            for _ in range(self._features(b) - 1):
+            for _ in range(passes):
                 v = (b - self._product(v, transposed)) / diagonal
             return v
         # Tolerances are relative to 1, but gradients may be small. Each event is therefore scaled
@@ -174,7 +168,7 @@ class _Jacobian:
             event_dim,
             Solver(),
             "adjoint",
-            max(self._features(b) - 1, 1),  # the start counts as a pass
+            max(passes, 1),
             self.trusted,
         )
         return unit * v

@@ -17,15 +17,12 @@ from . import _validate as check
 from ._torch import can_branch_on
 from .autoregressive import NetworkMap, name_of, splitter, treats_features_alike
 from .bijection import Bijection, at_least_float32
-from .element_wise import Affine, Asinh, Deferred, SinusoidalChain
-from .linear import Linear
+from .element_wise import FASTER, Affine, Deferred, SinusoidalChain
 from .masks import masked_mlp
 from .networks import MaskedNetwork, check_context, check_triangular
 from .pixelcnn import PixelCNN
 from .solvers import Solver
 from .transforms import TriangularTransform
-
-_FASTER = 10  # the factor from the parameter of LazyAffine to its log-scale
 
 
 class Lazy(nn.Module):
@@ -105,7 +102,7 @@ class LazyTriangular(Lazy):
         self.outputs = sum(s.numel() for s in self.shapes)
         self.split = splitter(self.shapes)
         self.solver = check.instance("solver", solver, Solver)
-        self._checked = isinstance(network, MaskedNetwork | PixelCNN)  # triangular by their masks
+        self._is_checked = isinstance(network, MaskedNetwork | PixelCNN)  # by their masks
         self._has_stages = type(network) is MaskedNetwork and treats_features_alike(univariate)
 
     def extra_repr(self) -> str:
@@ -122,9 +119,9 @@ class LazyTriangular(Lazy):
                 f"'network' should return {self.outputs} outputs for each feature, for 'shapes' "
                 f"{[*map(tuple, self.shapes)]}, got an output of shape {tuple(h.shape)}."
             )
-        if not self._checked and x.numel() and is_validation_enabled() and can_branch_on(x):
+        if not self._is_checked and x.numel() and is_validation_enabled() and can_branch_on(x):
             check_triangular(self.network, self.features, x, c)
-            self._checked = True
+            self._is_checked = True
         tau = self.univariate(*self.split(h))
         if not isinstance(tau, Transform):
             raise TypeError(f"'univariate' should return a Transform, got {type(tau).__name__}.")
@@ -139,9 +136,7 @@ class LazyTriangular(Lazy):
             if c is not None or self.network.context > 0:
                 check_context(c, self.network.context, self.network.dtype)
         meta, features = partial(self.meta, c), self.features
-        function = NetworkMap(
-            meta, self, network, self.univariate, self.shapes, c, features, passes
-        )
+        function = NetworkMap(meta, network, self.univariate, self.shapes, c, features, passes)
         return TriangularTransform(function, solver=self.solver)
 
 
@@ -206,70 +201,16 @@ class LazyAffine(LazyElementWise):
 
     The free log-scale is a parameter times ten. Otherwise an optimizer that moves each parameter by
     about the learning rate, such as Adam, would need many steps to fit the scale of the noise.
-
-    Args:
-        features: The shape of an event.
-        context: The number of context features.
-        hidden_features: The numbers of hidden features of the network that sees the context.
-        activation: The activation function constructor of that network.
-        adjacency: Which of the context each feature depends on, with shape :math:`(D, C)`, or all.
+    The parameters are shift and log-scale, with shape :math:`(*, 2)`.
     """
-
-    def __init__(
-        self,
-        features: Size,
-        context: int = 0,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] | None = None,
-        adjacency: Tensor | None = None,
-    ) -> None:
-        start = torch.zeros(*features, 2)
-        super().__init__(start, context, hidden_features, activation, adjacency)
 
     def build(self, c: Tensor | None) -> Affine:
         """Returns the transformation with the current parameters, given a context."""
         parameters = self.parameters_given(c)
         shift, scale = parameters[..., 0], parameters[..., 1]
         if c is None:
-            return Affine(shift, scale, rate=_FASTER)
-        return Affine(shift, scale + (_FASTER - 1) * self.parameter[..., 1])
-
-
-class LazyAsinh(Lazy):
-    r"""Creates a lazy element-wise transformation that compresses tails, with b = 0.3 at first.
-
-    The unconstrained b is a parameter times ten, as the log-scale of :class:`LazyAffine` is.
-
-    Args:
-        features: The shape of an event.
-    """
-
-    def __init__(self, features: Size) -> None:
-        super().__init__()
-
-        self.parameter = nn.Parameter(torch.zeros(features))
-
-    def forward(self, c: Tensor | None = None) -> Asinh:
-        """Returns the transformation, which does not depend on the context."""
-        start = math.log(0.3 / 0.7)  # the logit of 0.3
-        return Asinh(self.parameter, _FASTER, start)
-
-
-class LazyLinear(Lazy):
-    r"""Creates a lazy linear transformation. It starts as the identity.
-
-    Args:
-        features: The number of features.
-    """
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-
-        self.weight = nn.Parameter(torch.zeros(features, features))
-
-    def forward(self, c: Tensor | None = None) -> Linear:
-        """Returns the transformation, which does not depend on the context."""
-        return Linear(self.weight)
+            return Affine(shift, scale, rate=FASTER)
+        return Affine(shift, scale + (FASTER - 1) * self.parameter[..., 1])
 
 
 class LazySinusoids(LazyElementWise):

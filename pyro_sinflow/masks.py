@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
-from zuko.nn import MaskedLinear, MaskedMLP
+from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 
 def check_order(order: Sequence[int] | Tensor | None, features: Size) -> Tensor:
@@ -100,14 +100,16 @@ def masked_mlp(
     return mlp
 
 
-def reach(mlp: MaskedMLP) -> Tensor:
-    """Returns which input each output of a network depends on.
+def dependence(module: nn.Module, seen: Tensor) -> Tensor:
+    """Returns which inputs of a network its outputs depend on.
 
-    Residual blocks are left out. They add no dependence, because a block has the same masks as the
-    units that it is added to.
+    Args:
+        module: The network, or one of its parts.
+        seen: Which inputs of the network the inputs of the part depend on, zeros and ones.
     """
-    seen = torch.eye(mlp.in_features, dtype=torch.float64, device="cpu")
-    for layer in mlp:
-        if isinstance(layer, MaskedLinear):
-            seen = (layer.mask.cpu().double() @ seen).sign()
-    return seen.bool()
+    if isinstance(module, MaskedLinear):
+        return (module.mask.to(seen) @ seen).sign()
+    after = seen
+    for child in module.children():
+        after = dependence(child, after)
+    return (seen + after).sign() if isinstance(module, Residual) else after

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Transform
 
 from . import _validate as check
@@ -154,7 +154,6 @@ class LDU(LDUTransform, TransformModule):
             dropout=dropout,
             solver=solver,
         )
-        self.batch_shape = Size()
         self._event_shape = self.block.features
         self._event_dim = len(self.block.features)
 

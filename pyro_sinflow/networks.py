@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from . import _validate as check
-from .masks import check_adjacency, check_order, longest_paths, masked_mlp, reach
+from .masks import check_adjacency, check_order, dependence, longest_paths, masked_mlp
 
 _PROBES = 64  # the largest number of units that a check changes
 
@@ -232,11 +232,13 @@ class MaskedNetwork(nn.Module):
             return
         outputs_seen = seen.repeat_interleave(self.outputs, dim=0)
         mlp = masked_mlp(outputs_seen, hidden, activate, residual and len(hidden) > 0)
-        if adjacency is not None and bool((outputs_seen.cpu() & ~reach(mlp)).any()):
-            raise ValueError(
-                f"'hidden_features' {tuple(hidden)} are too few for the dependencies that "
-                f"'adjacency' states: {len(seen.unique(dim=0))} in each layer are enough."
-            )
+        if adjacency is not None:
+            inputs = torch.eye(mlp.in_features, dtype=torch.float32, device=outputs_seen.device)
+            if bool((outputs_seen & (dependence(mlp, inputs) == 0)).any()):
+                raise ValueError(
+                    f"'hidden_features' {tuple(hidden)} are too few for the dependencies that "
+                    f"'adjacency' states: {len(seen.unique(dim=0))} in each layer are enough."
+                )
         width = 0
         for part in mlp.modules():
             if isinstance(part, MaskedLinear):
@@ -288,22 +290,13 @@ class MaskedNetwork(nn.Module):
         if mlp is None:
             constant = self.constant.view(*self.features, self.outputs)
             return constant.to(x.dtype).expand(*x.shape, self.outputs)
-        flat = join(x if n == 1 else x.flatten(-n), c)
+        flat = x if n == 1 else x.flatten(-n)
+        if c is not None:
+            batch = check.broadcast(x=flat.shape[:-1], context=c.shape[:-1])
+            flat = torch.cat((flat.expand(*batch, -1), c.expand(*batch, -1)), dim=-1)
         if flat.dtype != dtype:
             flat = flat.to(dtype)
         h = mlp(flat).unflatten(-1, (-1, self.outputs))
         if n > 1:
             h = h.unflatten(-2, self.features)
         return h if h.dtype == x.dtype else h.to(x.dtype)
-
-
-def join(x: Tensor, c: Tensor | None) -> Tensor:
-    """Concatenates features, with shape (*, D), and a context, if there is one.
-
-    Raises:
-        ValueError: If their batches do not broadcast.
-    """
-    if c is None:
-        return x
-    batch = check.broadcast(x=x.shape[:-1], context=c.shape[:-1])
-    return torch.cat((x.expand(*batch, -1), c.expand(*batch, -1)), dim=-1)

@@ -69,10 +69,10 @@ def nilpotent_iteration(
     event_dim: int,
     solver: Solver,
     problem: str,
-    passes: int | None = None,
+    bound: int,
     trusted: bool = False,
 ) -> Tensor:
-    """Iterates a nilpotent step until it converges, at most as often as there are features.
+    """Iterates a nilpotent step until it converges, at most ``bound`` times.
 
     Args:
         step: The step.
@@ -80,7 +80,7 @@ def nilpotent_iteration(
         event_dim: The number of dimensions of an event.
         solver: Method, tolerance and number of iterations.
         problem: What the fixed point is, for records and messages.
-        passes: An upper bound on the number of passes. If :py:`None`, the number of features.
+        bound: A number of passes, at least one, that is enough.
         trusted: Whether the step is known to be nilpotent.
 
     Raises:
@@ -90,8 +90,6 @@ def nilpotent_iteration(
         InversionWarning: If some events leave the range of the dtype, or the tolerance is missed
             because ``solver.max_iter`` is small.
     """
-    features = prod(x.shape[x.ndim - event_dim :])
-    bound = min(features, passes or features)
     if trusted and bound <= _UNTESTED and solver.max_iter is None:
         # Few passes take less time than a test of whether fewer are enough.
         new = x
@@ -108,7 +106,7 @@ def nilpotent_iteration(
     if error <= aim:
         return x
     is_exact = limit >= bound
-    if features == 1 or (trusted and is_exact):
+    if prod(x.shape[x.ndim - event_dim :]) <= 1 or (trusted and is_exact):
         return cut_off(new, event_dim)[0]
     # One more pass shows whether x is exact, as it should be.
     with torch.no_grad():

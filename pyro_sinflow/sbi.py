@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -86,7 +86,7 @@ def posterior_nn(
             )
         check.instance("x_dist", x_dist, Distribution)
     # A function that can be pickled, which sbi needs.
-    return partial(_posterior, _Options(build, z_score_theta, z_score_x, embedding_net, x_dist))
+    return partial(_posterior, build, z_score_theta, z_score_x, embedding_net, x_dist)
 
 
 def variational_family(
@@ -146,31 +146,29 @@ def _require_sbi() -> None:
         ) from error
 
 
-class _Options(NamedTuple):
-    """The arguments of :func:`posterior_nn`."""
-
-    build: Callable[[int, int], Flow]
-    z_score_theta: str | None
-    z_score_x: str | None
-    embedding_net: nn.Module | None
-    x_dist: Distribution | None
-
-
-def _posterior(options: _Options, theta: Tensor, x: Tensor) -> nn.Module:
+def _posterior(
+    build: Callable[[int, int], Flow],
+    z_score_theta: str | None,
+    z_score_x: str | None,
+    embedding_net: nn.Module | None,
+    x_dist: Distribution | None,
+    theta: Tensor,
+    x: Tensor,
+) -> nn.Module:
     """Builds a posterior estimator from batches of parameters and observations."""
     from sbi.neural_nets.estimators import ZukoFlow
     from sbi.utils.sbiutils import biject_transform_zuko, mcmc_transform, standardizing_net
 
-    embedding = nn.Identity() if options.embedding_net is None else options.embedding_net
+    embedding = nn.Identity() if embedding_net is None else embedding_net
     with torch.no_grad():
         context = embedding.to(x.device)(x[:1]).numel()
-    flow = options.build(theta[0].numel(), context)
-    if options.z_score_theta == "transform_to_unconstrained":
-        first = [biject_transform_zuko(mcmc_transform(options.x_dist, device=theta.device))]
+    flow = build(theta[0].numel(), context)
+    if z_score_theta == "transform_to_unconstrained":
+        first = [biject_transform_zuko(mcmc_transform(x_dist, device=theta.device))]
     else:
-        first = _standardize(theta, options.z_score_theta)
-    if options.z_score_x in ("independent", "structured"):
-        structured = options.z_score_x == "structured"
+        first = _standardize(theta, z_score_theta)
+    if z_score_x in ("independent", "structured"):
+        structured = z_score_x == "structured"
         embedding = nn.Sequential(standardizing_net(x, structured), embedding)
     net = Flow([*first, flow.transform], flow.base)
     return ZukoFlow(net, embedding, input_shape=theta[0].shape, condition_shape=x[0].shape)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from ._torch import ELEMENT_WISE, is_dropout, plain_modules, versions
-from .masks import longest_paths
+from .masks import dependence, longest_paths
 from .networks import MaskedNetwork
 
 _SIZE = 16  # features in a block; a block has more if a single stage has more
@@ -82,8 +82,8 @@ class Stages:
         size: The number of features in a block of stages. A block has more if a single stage has.
 
     Raises:
-        NotImplementedError: If the network has other parts than masked layers and activations, or
-            is not triangular.
+        NotImplementedError: If the network has other parts than masked layers, activations,
+            residual connections and dropout, or is not triangular.
     """
 
     def __init__(self, network: nn.Module, features: int, size: int = _SIZE) -> None:
@@ -102,7 +102,11 @@ class Stages:
         self.factors = [layer.mask.to(layer.weight.dtype) for layer in self.linears]
         if self.linears[0].in_features < features:
             raise NotImplementedError(f"The network has fewer inputs than {features} features.")
-        rank = longest_paths(self._dependence())
+        inputs = torch.eye(
+            self.linears[0].in_features, features, dtype=torch.float32, device=self.masks[0].device
+        )
+        parents = dependence(mlp, inputs).unflatten(0, (features, -1)).any(dim=1)
+        rank = longest_paths(parents)
         if (rank == features).any():
             raise NotImplementedError("The network is not triangular.")
         self.stages = [(rank == i).nonzero().squeeze(1) for i in range(-1, int(rank.max()) + 1)]
@@ -114,21 +118,6 @@ class Stages:
                 total = 0
             self.blocks[-1] = range(self.blocks[-1].start, i + 1)
             total += len(self.stages[i])
-
-    def _dependence(self) -> Tensor:
-        """Returns a mask, with shape (D, D): whether outputs of feature i depend on feature j."""
-        n, mask = self.features, self.linears[0].mask
-        seen = torch.eye(mask.shape[1], n, dtype=torch.float32, device=mask.device)
-        skips: list[Tensor] = []
-        for operation in self.operations:
-            if isinstance(operation, MaskedLinear):
-                seen = (operation.mask.float() @ seen).sign()
-            elif isinstance(operation, _Skip):
-                if operation.begins:
-                    skips.append(seen)
-                else:
-                    seen = (seen + skips.pop()).sign()
-        return seen.unflatten(0, (n, -1)).any(dim=1)
 
     def _sort(self, level: Tensor) -> None:
         """Sorts inputs and outputs of each layer by the stage in which they are computed."""

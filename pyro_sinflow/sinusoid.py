@@ -76,11 +76,7 @@ class Sinusoid(NamedTuple):
     d: Array | None  # (B, 1, P)
     xp: SimpleNamespace
 
-    def evaluate(self, x: Array) -> tuple[Array, ...]:
-        """Returns value, slope and curvature."""
-        return self.value_and_slope(x, curvature=True)
-
-    def value_and_slope(self, x: Array, curvature: bool = False) -> tuple[Array, ...]:
+    def evaluate(self, x: Array, curvature: bool = False) -> tuple[Array, ...]:
         """Returns value, slope and, with ``curvature``, curvature."""
         a, c, s, d, xp = self
         waves = xp.waves(x, a)

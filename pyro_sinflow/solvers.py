@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from math import isnan, prod
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import _validate as check
+from ._torch import can_branch_on
 from .arrays import Array
 from .sinusoid import Sinusoid
 
@@ -54,8 +57,8 @@ class Solver:
         max_iter: The largest number of iterations. If :py:`None`, 200 for sinusoids and one pass
             per feature for triangular maps; 100 for ``"banach"``. Where Python cannot branch on
             values (``torch.compile``, ``torch.func``, forward mode), a sinusoid always takes
-            ``max_iter`` iterations (default 40), and a triangular map one pass per feature, but at
-            most ``max_iter``.
+            ``max_iter`` iterations (default 40; 100 for ``"banach"``), and a triangular map one
+            pass per feature, but at most ``max_iter``.
         derivatives: How many times the inverse of a triangular map can be differentiated by
             reverse mode. Each order takes one more evaluation of the map.
 
@@ -164,7 +167,9 @@ class Root(NamedTuple):
 
     x: Array
     iterations: int
-    error: float | Array  # the largest relative error; an array inside torch transforms
+    # The largest relative error, an array inside torch transforms. It is 0 if a bound of the error
+    # shows that it is below the tolerance.
+    error: float | Array
 
 
 def solve_increasing(
@@ -172,7 +177,6 @@ def solve_increasing(
     y: Array,
     solver: Solver,
     fast: Callable[[Array], tuple[Array, ...]] | None = None,
-    may_branch: bool = True,
 ) -> Root:
     r"""Solves :math:`f(x) = y` for each number.
 
@@ -185,12 +189,12 @@ def solve_increasing(
         y: The values to invert, with shape (B, 1, N).
         solver: Method, tolerance and number of iterations.
         fast: A faster version of the function, which evaluates all elements.
-        may_branch: Whether the number of iterations may depend on values.
     """
+    may_branch = not isinstance(y, Tensor) or can_branch_on(y, function.a)
     x = function.start(y)
     eps = float(function.xp.finfo(y.dtype).eps)
     aim, _ = solver.tolerances(eps)
-    evaluate = fast or function.evaluate
+    evaluate = fast or partial(function.evaluate, curvature=True)
     if solver.method == "banach":
         return _banach(function, evaluate, y, x, aim, solver.max_iter or 100, may_branch)
     limit = solver.max_iter or (200 if may_branch else 40)
@@ -243,7 +247,8 @@ def _halley(
     second, third = function.bounds()
     square, cubic, enough = 0.375 * second * second, third / 6, (1 + abs(y)) * (aim / 2)
     size = prod(y.shape)
-    few = 0 if size <= _SMALL or getattr(y, "is_cuda", False) else size // 8
+    on_gpu = isinstance(y, Tensor) and y.is_cuda
+    few = 0 if size <= _SMALL or on_gpu else size // 8
     iteration, count = 0, size
     while iteration < min(limit, 4) and count > few:
         # One step is almost never enough.
@@ -282,7 +287,7 @@ def _safeguarded(
     eps = float(xp.finfo(y.dtype).eps)
     lower, upper = function.bracket(y)
     x = xp.minimum(xp.maximum(x, lower), upper)
-    value, slope, _ = function.evaluate(x)
+    value, slope = function.evaluate(x)
     error = value - y
     previous = xp.full_like(error, float("inf"))
     for iteration in range(limit + 1):
@@ -298,7 +303,7 @@ def _safeguarded(
         step = xp.where(bisect, lower + (upper - lower) / 2, step)
         x = xp.where(done, x, step)
         previous = abs(error)
-        value, slope, _ = function.evaluate(x)
+        value, slope = function.evaluate(x)
         error = value - y
     return Root(x, iteration, _relative(error, x, y, xp))
 

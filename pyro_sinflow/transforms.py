@@ -120,6 +120,7 @@ class Composition(Bijection):
     """
 
     context_shape = Size()
+    _names: tuple[str, ...] = ()  # of the transforms in the representation, instead of numbers
 
     def __init__(
         self, *transforms: Transform, context_shape: Size = Size(), cache_size: int = 0
@@ -139,7 +140,8 @@ class Composition(Bijection):
         return self._transforms
 
     def __repr__(self) -> str:
-        lines = "\n".join(f"({i}): {t}" for i, t in enumerate(self.transforms))
+        names = self._names or range(len(self.transforms))
+        lines = "\n".join(f"({name}): {t}" for name, t in zip(names, self.transforms, strict=True))
         return f"{type(self).__name__}(\n{indent(lines, '  ')}\n)"
 
     def _checked(self, name: str, x: Any) -> Tensor:
@@ -199,6 +201,8 @@ class LDUTransform(Composition):
         torch.Size([5])
     """
 
+    _names = ("upper", "diagonal", "lower")
+
     def __init__(
         self,
         upper: Transform,
@@ -234,8 +238,3 @@ class LDUTransform(Composition):
     def lower(self) -> Transform:
         """The map L."""
         return self.transforms[2]
-
-    def __repr__(self) -> str:
-        names = ("upper", "diagonal", "lower")
-        lines = "\n".join(f"({name}): {t}" for name, t in zip(names, self.transforms, strict=True))
-        return f"{type(self).__name__}(\n{indent(lines, '  ')}\n)"

@@ -28,7 +28,7 @@ from pyro_sinflow import (
     ldu,
     sinusoidal,
 )
-from pyro_sinflow.lazy import LazyLinear
+from pyro_sinflow.linear import Linear
 
 NAN, INF = float("nan"), float("inf")
 
@@ -181,7 +181,7 @@ TRANSFORMS = {
     "condition": ConditionalLDU(3, 2).condition(torch.zeros(2)),
     "autoregressive": SinusoidalFlow(3)().transform.transforms[2],
     "flow": SinusoidalFlow(3)().transform,
-    "Linear": LazyLinear(3)(),
+    "Linear": Linear(torch.zeros(3, 3)),
     "image": LDU((1, 1, 3)),
 }
 

@@ -229,7 +229,7 @@ def test_each_number_has_its_root(way, parameters, y):
         value, _ = evaluate(root, p, MIN_SLOPE)
     assert (value - target).abs() <= 7e-15 * (1 + target.abs() + root.abs())
     _, raw = eager.arrange_all(target, p, kernels.PLAIN)
-    (function,) = kernels.sinusoids(kernels.constrain(raw, MIN_SLOPE))
+    (function,) = eager.sinusoids(eager.constrain(raw, MIN_SLOPE))
     lower, upper = function.bracket(target.view(1, 1, 1))
     assert lower <= root
     assert root <= upper

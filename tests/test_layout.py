@@ -90,17 +90,18 @@ def names(node):
 
 
 def defined(node):
-    """The names that a node defines: of functions, classes and attributes."""
+    """The names that a node defines: of functions, classes and attributes of self."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-        return [node.attr]
+        return [node.attr] if getattr(node.value, "id", "") == "self" else []
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         return [node.id]
     return []
 
 
 NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}
+TRANSFORM = {"_cache_size"}  # what subclasses of torch's Transform use
 # What subclasses of Pyro's AutoContinuous use.
 AUTO_CONTINUOUS = {"_init_loc", "_pyro_get_fullname", "_setup_prototype", "_unpack_latent"}
 
@@ -110,6 +111,7 @@ def own():
     """The names that the package defines."""
     return (
         NAMED_TUPLE
+        | TRANSFORM
         | AUTO_CONTINUOUS
         | {n for name in FILES for node in nodes(name) for n in defined(node)}
     )

@@ -169,7 +169,7 @@ def test_leaves_other_networks_alone(change, calls):
 def test_a_batch_keeps_the_events_that_stay_in_range(calls, monkeypatch):
     t = LDU(4, hidden_features=(8,)).block.lower()
     with torch.no_grad():
-        for p in t.map.module.parameters():
+        for p in t.map.network.parameters():
             p.fill_(1.0)
     y = torch.randn(5, 4)
     y[2] = 1e30

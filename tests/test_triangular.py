@@ -80,10 +80,17 @@ def test_passes_never_exceed_features_whatever_the_map():
     assert torch.allclose(x, exact[..., 0], rtol=1e-12)
 
 
+def test_an_event_without_features():
+    t = TriangularTransform(lambda x: zuko.transforms.AdditiveTransform(torch.zeros_like(x)))
+    y = torch.zeros(5, 0)
+    assert t.inv(y).shape == t(y).shape == (5, 0)
+    assert torch.func.vmap(t.inv)(y).shape == (5, 0)
+
+
 def test_a_single_feature_tells_when_it_is_lost():
     t = LDU(1).block.lower()
     with torch.no_grad():
-        t.map.module.network.constant.fill_(torch.nan)
+        t.map.network.constant.fill_(torch.nan)
     with pytest.raises(InversionError, match="leaves the range"):
         t.inv(torch.ones(3, 1))
 

@@ -12,7 +12,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from zuko.bayesian import BayesianModel
 
 from pyro_sinflow import PixelCNN, SinusoidalFlow, fast_inverse
-from pyro_sinflow.lazy import LazyLinear
 
 BLOCKS = {"conditioner": "independent"}
 IMAGES = {"network": PixelCNN, "hidden_features": (4,), **BLOCKS}
@@ -43,7 +42,7 @@ def weighted(flow):
 
 def layers(flow):
     """The linear maps of all networks."""
-    return [m for m in weighted(flow) if not isinstance(m, LazyLinear)]
+    return weighted(flow)
 
 
 def last_layers(flow):

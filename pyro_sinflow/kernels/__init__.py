@@ -251,12 +251,11 @@ class _Invert(Function):
 def _invert_plain(y: Tensor, parameters: Tensor, min_slope: float, solver: Solver) -> Tensor:
     """Finds the root without a graph, then takes Newton steps with one for the derivatives."""
     rows, raw = eager.arrange_all(y.detach(), parameters.detach(), PLAIN)
-    may_branch = can_branch_on(y, parameters)
     roots = []
     for function in reversed(sinusoids(constrain(raw, min_slope))):
-        roots.append(solve_increasing(function, rows, solver, may_branch=may_branch))
+        roots.append(solve_increasing(function, rows, solver))
         rows = roots[-1].x
-    if may_branch:
+    if can_branch_on(y, parameters):
         report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
     x = eager.restore(rows, y.shape)
     # Each step squares the error, so that n steps have 2^n - 1 correct derivatives. torch.compile

@@ -12,6 +12,7 @@ batch shape of the parameters. The functions take arrays without a graph, and th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -53,7 +54,7 @@ def differentiable(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Ten
     value, raw = arrange_all(x, parameters, PLAIN)
     ladj = torch.zeros_like(value)
     for sinusoid in sinusoids(constrain(raw, min_slope)):
-        value, slope = sinusoid.value_and_slope(value)
+        value, slope = sinusoid.evaluate(value)
         ladj = ladj + slope.log()
     return restore(value, x.shape), restore(ladj, x.shape)
 
@@ -147,7 +148,7 @@ def _functions(
     functions: list[Callable[[Array], tuple[Array, ...]]] = []
     if not _by_products(chain):
         for s in sinusoids(chain, xp):
-            functions.append(s.evaluate if curvature else s.value_and_slope)
+            functions.append(partial(s.evaluate, curvature=curvature))
         return functions
     a, c, s = chain.frequency, chain.amplitude * chain.cosine, chain.amplitude * chain.sine
     level = 1 + c.sum(2, keepdims=True)
