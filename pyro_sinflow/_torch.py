@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.distributions.transforms import _InverseTransform
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import activation
 from torch.nn.modules import module as _module
 from torch.nn.modules.dropout import _DropoutNd
@@ -27,6 +26,7 @@ _PLAIN = {bool, int, float, str, type(None), torch.Size}
 _PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _INTERNAL = frozenset(vars(nn.Module()))
 InverseTransform = _InverseTransform
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # the mode of make_fx
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +44,7 @@ def can_branch_on(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
-        or (torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
+        or torch._C._get_dispatch_mode(_PROXY) is not None
         or forward_ad._current_level >= 0
     ):
         return False
