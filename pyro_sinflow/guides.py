@@ -125,6 +125,7 @@ class AutoLDU(AutoContinuous):
         flow.register_parameter("affine", nn.Parameter(affine))
         self._check_store(flow)
         self.flow = flow
+        self._take_stored()
 
     def _check_plates(self) -> None:
         """Warns of latent variables in a plate that is subsampled."""
@@ -151,6 +152,22 @@ class AutoLDU(AutoContinuous):
                     "call 'pyro.clear_param_store()' first."
                 )
 
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples all latent variables, with the arguments of the model."""
+        if self.prototype_trace is not None:
+            self._take_stored()
+        return super().forward(*args, **kwargs)
+
+    def _take_stored(self) -> None:
+        """Registers the parameters in Pyro's store, or takes those that are already there.
+
+        The store may hold other tensors than this guide, for example after it was loaded from a
+        file, or if the guide is a copy.
+        """
+        if not pyro.settings.get("module_local_params"):
+            name = self._pyro_get_fullname("flow")
+            pyro.module(name, self._flow(), update_module_params=True)
+
     def _flow(self) -> Any:
         """Returns the module that holds the blocks and the parameter of the affine map.
 
@@ -172,10 +189,6 @@ class AutoLDU(AutoContinuous):
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Returns the transformation from noise to latent variables, with a cache."""
         flow = self._flow()
-        # Pyro's store may hold other tensors than the module, for example after it was loaded from
-        # a file, or if this guide is a copy: they replace those of the module.
-        if not pyro.settings.get("module_local_params"):
-            pyro.module(self._pyro_get_fullname("flow"), flow, update_module_params=True)
         fast, matrix = at_least_float32(flow.affine).tensor_split((2,))
         loc, log_scale = (_FASTER * fast).unbind()
         scale = log_scale.exp()
@@ -215,6 +228,7 @@ class AutoLDU(AutoContinuous):
         for level in levels.tolist():
             if not 0 <= level <= 1:
                 raise ValueError(f"'quantiles' should be between 0 and 1, got {level:g}.")
+        self._take_stored()
         latents = self.get_posterior(*args, **kwargs).sample((_DRAWS,))
         # In parts, because torch's quantile has a largest size.
         chosen = [part.quantile(levels, dim=0) for part in latents.split(1000, dim=1)]

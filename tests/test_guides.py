@@ -310,6 +310,7 @@ def test_the_parameter_store_and_a_used_guide_agree(change, tmp_path):
         guide = change(guide)
     else:
         store.load(tmp_path / "store")
+    guide.median()
     assert torch.equal(guide.get_transform()(x), start)
     before = {name: value.clone() for name, value in store.items()}
     fit(correlated, guide, steps=2)
