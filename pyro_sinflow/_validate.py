@@ -42,7 +42,7 @@ def tensor(name: str, x: Any) -> None:
             )
 
 
-def context(c: Any) -> None:
+def finite_context(c: Any) -> None:
     """Requires a finite floating-point tensor, and reads its values only once.
 
     All parts of a flow check the same context, and on a GPU the host waits each time that values

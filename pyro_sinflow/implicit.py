@@ -96,7 +96,11 @@ def _root(
 
 
 class _Detached(Function):
-    """Returns two copies of a tensor, to differentiate by each of them; they pass no gradient."""
+    """Returns two copies of a tensor, to differentiate by each of them.
+
+    They pass no gradient to the tensor, so that a backward pass does not fill the gradient of a
+    leaf that nobody sees.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,8 +220,10 @@ class _Count(Function):
 class _Step(Function):
     """Computes x - J^{-1} (f(x) - y), whose value is x.
 
-    With create_graph=False, the gradient flows to f(x) at the constant root; with
-    create_graph=True, to f(x) at the root of the previous step.
+    The gradient flows to y and to ``constant``, which is f(x) at the constant root. With
+    ``create_graph=True``, it flows to y, to the x of the previous step, and to ``value``, which is
+    f(x) at that x, so that it can be differentiated again. The first step has no previous x, and
+    counts further derivatives instead.
     """
 
     @staticmethod

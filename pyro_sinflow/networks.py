@@ -27,7 +27,7 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
     elif c is None:
         raise ValueError(f"'context' should be a tensor of shape (*, {context}), got None.")
     else:
-        check.context(c)
+        check.finite_context(c)
         check.event("context", c, Size([context]))
         check.dtype("context", c, dtype)
 

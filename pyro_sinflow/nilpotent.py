@@ -92,10 +92,7 @@ def nilpotent_iteration(
     """
     if trusted and bound <= _UNTESTED and solver.max_iter is None:
         # Few passes take less time than a test of whether fewer are enough.
-        new = x
-        with torch.no_grad():
-            for _ in range(bound):
-                new = step(new)
+        new = _repeat(step, x, bound)
         if new.numel() and float(new.abs().max()) < largest(x.dtype):  # False for NaN
             record(problem, bound, new.numel())
             return new
@@ -123,6 +120,14 @@ def nilpotent_iteration(
             )
         warnings.warn(message, InversionWarning, stacklevel=2)
     return x if inside is None else torch.where(inside, x, new)
+
+
+@torch.no_grad()
+def _repeat(step: Callable[[Tensor], Tensor], x: Tensor, times: int) -> Tensor:
+    """Runs a number of passes."""
+    for _ in range(times):
+        x = step(x)
+    return x
 
 
 def _iterate(

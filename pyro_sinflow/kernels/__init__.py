@@ -197,9 +197,9 @@ class _Evaluate(Function):
         y, ladj, saved = _forward(x, parameters, min_slope)
         # Tensors are saved by save_for_backward, so that hooks such as those of checkpoints see
         # them.
-        many = isinstance(saved[0], Tensor)
-        ctx.save_for_backward(x, parameters, *(saved if many else ()))
-        ctx.min_slope, ctx.arrays = min_slope, None if many else saved
+        are_tensors = isinstance(saved[0], Tensor)
+        ctx.save_for_backward(x, parameters, *(saved if are_tensors else ()))
+        ctx.min_slope, ctx.arrays = min_slope, None if are_tensors else saved
         ctx.set_materialize_grads(False)
         return y, ladj
 
