@@ -33,11 +33,36 @@ R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
 
 
+def is_concrete(*tensors: Tensor) -> bool:
+    """Whether the tensors have values that can be kept after the call.
+
+    Tensors inside ``torch.compile`` or a ``torch.func`` transform have no such values. Fake and
+    meta tensors have no values at all.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+
+
+def is_capturing(t: Tensor) -> bool:
+    """Whether a CUDA graph captures the operations on the device of a tensor."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def can_branch_on(*tensors: Tensor) -> bool:
     """Whether Python may branch on the values of tensors.
 
-    It may not inside ``torch.compile``, ``torch.func``, ``torch.jit.trace``, ``make_fx`` or
-    forward-mode differentiation, nor if they are fake or meta tensors, or a batch of
+    It may not if the tensors are transformed (:func:`is_transformed`), or during the capture of a
+    CUDA graph.
+    """
+    return not is_transformed(*tensors) and not is_capturing(tensors[0])
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch transforms or records operations on tensors.
+
+    It does inside ``torch.compile``, ``torch.func``, ``torch.jit.trace``, ``make_fx`` and
+    forward-mode differentiation, and if the tensors are fake or meta tensors, or a batch of
     ``is_grads_batched``.
     """
     if (
@@ -47,11 +72,11 @@ def can_branch_on(*tensors: Tensor) -> bool:
         or torch._C._get_dispatch_mode(_PROXY) is not None
         or forward_ad._current_level >= 0
     ):
-        return False
+        return True
     for t in tensors:
         if isinstance(t, FakeTensor) or t.is_meta or _is_batched(t):
-            return False
-    return True
+            return True
+    return False
 
 
 def can_fuse(*tensors: Tensor) -> bool:
@@ -63,7 +88,7 @@ def can_fuse(*tensors: Tensor) -> bool:
     for t in tensors:
         if type(t) not in (Tensor, nn.Parameter):
             return False
-    return can_branch_on(*tensors)
+    return not is_transformed(*tensors)
 
 
 def differentiation_levels() -> int:

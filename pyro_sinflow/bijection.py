@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
 from . import _validate as check
-from ._torch import InverseTransform, State, can_branch_on, modes, optimizer_steps, versions
+from ._torch import InverseTransform, State, is_concrete, modes, optimizer_steps, versions
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class Bijection(Transform):
         return pair if pair.state == self._state_with(pair.x, pair.y) else None
 
     def _remember(self, x: Tensor, y: Tensor, ladj: Tensor | None, returned: Tensor) -> None:
-        if self._cache_size == 1 and can_branch_on(x, y):
+        if self._cache_size == 1 and is_concrete(x, y):
             state = self._state_with(x, y)
             if None in state:  # a module may have been replaced
                 self._state = None

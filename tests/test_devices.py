@@ -15,6 +15,7 @@ from pyro_sinflow import (
     Sinusoidal,
     SinusoidalFlow,
     Solver,
+    _torch,
     fast_inverse,
     kernels,
 )
@@ -298,6 +299,20 @@ def test_densities_read_no_values_without_validation(name, monkeypatch):
         densities(flow, c, x)
 
 
+@pytest.mark.parametrize("name", FLOWS)
+def test_samples_read_no_values_during_the_capture_of_a_graph(name, monkeypatch):
+    monkeypatch.setattr(kernels, "_NUMPY", -1)
+    flow, c = FLOWS[name](), torch.randn(4, 2)
+    z = torch.randn(4, 3)
+    expected = flow(c).transform.inv(z)
+    monkeypatch.setattr(_torch, "is_capturing", lambda t: True)
+    with pyro.validation_enabled(False), NoReads():
+        x = flow(c).transform.inv(z)
+        x.sum().backward()
+    assert torch.allclose(x, expected, atol=1e-5)
+    assert any(p.grad is not None for p in flow.parameters())
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_read_no_values_without_validation(name, monkeypatch):
     monkeypatch.setattr(kernels, "_NUMPY", -1)
@@ -363,6 +378,16 @@ class TestOnGPU:
         with torch.device("cuda"):
             for what, result in use(FLOWS[name]()):
                 assert result.is_cuda, what
+
+    def test_a_graph_of_an_inverse(self):
+        flow, z = perturb(SinusoidalFlow(3, transforms=2), 0.05).cuda(), torch.randn(9, 3).cuda()
+        with torch.no_grad(), pyro.validation_enabled(False):
+            expected = flow().transform.inv(z)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                x = flow().transform.inv(z)
+            graph.replay()
+        assert torch.allclose(x, expected, atol=1e-4)
 
     @pytest.mark.parametrize("name", BLOCKS)
     def test_log_determinant(self, name):

@@ -180,12 +180,13 @@ def _backward(saved: Sequence[Array], min_slope: float, *tensors: Tensor) -> tup
 
 
 def _root(y: Tensor, parameters: Tensor, min_slope: float, solver: Solver) -> Tensor:
-    """Returns the root without a graph, and reports it."""
+    """Returns the root without a graph, and reports it unless a CUDA graph is captured."""
     if gpu := _triton(y, parameters):
         x, roots = gpu.invert(y, parameters, min_slope=min_slope, solver=solver)
     else:
         x, roots = _run(partial(eager.invert, min_slope=min_slope, solver=solver), y, parameters)
-    report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
+    if can_branch_on(y):
+        report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
     return _tensor(x)
 
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._torch import is_capturing
 from ..sinusoid import bound
 from ..solvers import Root, Solver
 
@@ -376,7 +377,7 @@ def invert(
     """Returns the numbers with the values y, and the result of the solver for each sinusoid.
 
     The host waits once to read the number of iterations and the error, so that a failure is
-    reported.
+    reported. During the capture of a CUDA graph, it cannot wait, and there are no results.
     """
     y, parameters = y.contiguous(), parameters.contiguous()
     programs, constants = _plan(y, parameters, min_slope)
@@ -387,5 +388,7 @@ def invert(
             y, parameters, x, found, eps=eps, aim=solver.tolerances(eps)[0],
             max_iter=solver.max_iter or (100 if banach else 200), banach=banach, **constants,
         )  # fmt: skip
+    if is_capturing(y):
+        return x, []
     worst, iterations = found.amax(0).tolist()
     return x, parameters.shape[-2] * [Root(x, int(iterations), worst)]
