@@ -9,7 +9,7 @@ import time
 import timeit
 from argparse import ArgumentParser
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -172,22 +172,21 @@ def tune(
         jobs: The number of fits at a time.
 
     Returns:
-        The results for each key, of which the first is that of the first seed.
+        The results for each key, in the order of the seeds.
     """
     with ProcessPoolExecutor(jobs) as pool:
-        first = {pool.submit(run, *key, rate, 0): key for key in keys for rate in rates}
+        first = [(key, pool.submit(run, *key, rate, 0)) for key in keys for rate in rates]
         found: dict[Any, list[dict[str, Any]]] = {key: [] for key in keys}
-        for job in tqdm(as_completed(first), "learning rates", len(first)):
-            found[first[job]].append(job.result())
-        best = {key: max(fits, key=score) for key, fits in found.items()}
-        others = {
-            pool.submit(run, *key, best[key]["rate"], seed): key
+        for key, job in tqdm(first, "learning rates"):
+            found[key].append(job.result())
+        results = {key: [max(fits, key=score)] for key, fits in found.items()}
+        others = [
+            (key, pool.submit(run, *key, results[key][0]["rate"], seed))
             for seed in range(1, seeds)
             for key in keys
-        }
-        results = {key: [fit] for key, fit in best.items()}
-        for job in tqdm(as_completed(others), "other seeds", len(others)):
-            results[others[job]].append(job.result())
+        ]
+        for key, job in tqdm(others, "other seeds"):
+            results[key].append(job.result())
     return results
 
 

@@ -22,11 +22,19 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import handle_torch_function, has_torch_function
 
+try:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+except ImportError:  # torch 2.4
+
+    def get_proxy_mode() -> Any:  # type: ignore[misc]
+        """Returns the mode of ``make_fx``, or None if it is not active."""
+        return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+
+
 _PLAIN = {bool, int, float, str, type(None), torch.Size}
 _PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _INTERNAL = frozenset(vars(nn.Module()))
 InverseTransform = _InverseTransform
-_PROXY = torch._C._TorchDispatchModeKey.PROXY  # the mode of make_fx
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,17 +53,17 @@ def is_concrete(*tensors: Tensor) -> bool:
 
 
 def is_capturing(t: Tensor) -> bool:
-    """Whether a CUDA graph captures the operations on the device of a tensor."""
+    """Whether a tensor is on a GPU, and a CUDA graph captures the current stream."""
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def can_branch_on(*tensors: Tensor) -> bool:
     """Whether Python may branch on the values of tensors.
 
-    It may not if the tensors are transformed (:func:`is_transformed`), or during the capture of a
-    CUDA graph.
+    It may not if the tensors are transformed (:func:`is_transformed`), nor during the capture of a
+    CUDA graph, which can hold fused operations, but no reads.
     """
-    return not is_transformed(*tensors) and not is_capturing(tensors[0])
+    return not is_transformed(*tensors) and not any(map(is_capturing, tensors))
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -69,7 +77,7 @@ def is_transformed(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
-        or torch._C._get_dispatch_mode(_PROXY) is not None
+        or get_proxy_mode() is not None
         or forward_ad._current_level >= 0
     ):
         return True
@@ -224,8 +232,8 @@ class State:
 
     def versions(self) -> list[int | None] | None:
         """Returns the versions of the tensors, or None if there are tensors of inference mode."""
-        seen = versions(*self._tensors)
-        return None if None in seen else seen
+        found = versions(*self._tensors)
+        return None if None in found else found
 
 
 _optimizer_steps = 0
@@ -242,14 +250,17 @@ register_optimizer_step_post_hook(_count_step)
 def optimizer_steps() -> int:
     """Returns the number of steps of all optimizers in this process.
 
-    Fused optimizers, and some of Pyro's, change parameters without a new version.
+    Fused optimizers, and some of Pyro's, change parameters without a new version. Replays of a CUDA
+    graph are not seen.
     """
     return _optimizer_steps
 
 
 def modes(x: Tensor) -> tuple[Any, ...]:
-    """Returns the modes that change a computation on the device of x: gradients, autocast."""
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocasting(x.device.type)
+    """Returns the modes that change a computation on x: gradients, autocast, recording."""
+    recording = torch.jit.is_tracing() or get_proxy_mode() is not None
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return grad, inference, autocasting(x.device.type), recording
 
 
 def autocasting(device: str) -> bool:
@@ -264,9 +275,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def shallow_copy(module: M) -> M:
-    """Copies a module without its submodules, and without a call of its constructor."""
+    """Copies a module, which then shares parameters and submodules, but not their registries."""
     new = copy(module)
-    new._modules = {**module._modules}
+    for name, value in vars(module).items():
+        if isinstance(value, dict | set):
+            vars(new)[name] = copy(value)
     return new
 
 

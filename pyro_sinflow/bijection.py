@@ -62,8 +62,8 @@ class Bijection(Transform):
     Pyro's flows do, so that a guide scores its own samples without further computation. The pair is
     used only for a tensor that this transform has returned, in the same modes (gradients,
     inference, autocast, training), before the next step of any optimizer, and only as long as
-    neither the pair nor the parameters have changed. Like autograd, the cache does not notice
-    changes through ``.data``.
+    neither the pair nor the parameters have changed. The cache does not notice changes through
+    ``.data``, nor by replays of a CUDA graph.
     """
 
     bijective = True

@@ -16,7 +16,7 @@ from .bijection import Bijection, at_least_float32
 from .kernels import evaluate, invert
 from .solvers import InversionWarning, Solver
 
-FASTER = 10  # the factor of free scale parameters: each step moves them ten times as far
+FASTER = 10  # the factor of free locations and scales: each step moves them ten times as far
 
 
 class SinusoidalChain(Bijection):
@@ -64,8 +64,8 @@ def bounded(u: Tensor, largest: float) -> Tensor:
 class Deferred(Bijection):
     """Builds an element-wise transformation at each use.
 
-    With stored parameters that were computed from others, it would be out of date after a step of
-    the optimizer, and could be differentiated only once.
+    A transformation that stores parameters which were computed from others would be out of date
+    after a step of the optimizer, and could be differentiated only once.
 
     Args:
         build: A function that returns the transformation.

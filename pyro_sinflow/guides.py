@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,16 +14,17 @@ import torch
 from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
 from . import _validate as check
 from .bijection import at_least_float32
 from .block import ConditionalLDU
+from .element_wise import FASTER
 from .networks import MaskedNetwork
 from .transforms import Composition
 
-_FASTER = 10  # the factor of location and log-scales: each step moves them ten times as far
 _LINEAR = 2  # the factor of the entries of A
 _DRAWS = 10_000  # for medians and quantiles
 
@@ -119,12 +121,10 @@ class AutoLDU(AutoContinuous):
             _start_as_identity(block)
         # Rows: the location, the log-scales, and the entries of A below, of B above the diagonal.
         affine = loc.new_zeros(len(loc) + 2, len(loc))
-        affine[0] = loc / _FASTER
-        affine[1] = math.log(self._init_scale) / _FASTER
-        flow = nn.ModuleList(blocks).to(loc)
-        flow.register_parameter("affine", nn.Parameter(affine))
-        self._check_store(flow)
-        self.flow = flow
+        affine[0] = loc / FASTER
+        affine[1] = math.log(self._init_scale) / FASTER
+        self.flow = _Flow(blocks, affine).to(loc)
+        self._check_store()
         self._take_stored()
 
     def _check_plates(self) -> None:
@@ -140,10 +140,10 @@ class AutoLDU(AutoContinuous):
                         stacklevel=2,
                     )
 
-    def _check_store(self, flow: nn.Module) -> None:
+    def _check_store(self) -> None:
         """Requires that the parameters in Pyro's store have the shapes of this guide."""
         store, prefix = pyro.get_param_store(), self._pyro_get_fullname("flow")
-        for key, parameter in flow.named_parameters():
+        for key, parameter in self._flow().named_parameters():
             name = f"{prefix}$$${key}"
             if name in store and store[name].shape != parameter.shape:
                 raise ValueError(
@@ -162,14 +162,22 @@ class AutoLDU(AutoContinuous):
         """Registers the parameters in Pyro's store, or takes those that are already there.
 
         The store may hold other tensors than this guide, for example after it was loaded from a
-        file, or if the guide is a copy.
+        file, or if the guide is a copy. A frozen guide keeps its own.
         """
-        if not pyro.settings.get("module_local_params"):
-            name = self._pyro_get_fullname("flow")
-            pyro.module(name, self._flow(), update_module_params=True)
+        flow, prefix = self._flow(), self._pyro_get_fullname("flow")
+        if not flow.affine.requires_grad:
+            return
+        if pyro.settings.get("module_local_params"):
+            for key, parameter in flow.named_parameters():
+                _announce(f"{prefix}$$${key}", parameter)
+            return
+        store, name = pyro.get_param_store(), f"{prefix}$$$affine"
+        if name in store and store[name] is not flow.affine:
+            self._check_store()
+        pyro.module(prefix, flow, update_module_params=True)
 
-    def _flow(self) -> Any:
-        """Returns the module that holds the blocks and the parameter of the affine map.
+    def _flow(self) -> _Flow:
+        """Returns the module that owns the parameters.
 
         Raises:
             RuntimeError: If the guide has not been called yet.
@@ -179,7 +187,7 @@ class AutoLDU(AutoContinuous):
                 "AutoLDU finds its latent variables in the first call: call the guide first."
             )
         # As an attribute, PyroModule would register it in the store.
-        return nn.Module.__getattr__(self, "flow")
+        return nn.Module.__getattr__(self, "flow")  # type: ignore[return-value]
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """Returns the standard normal distribution."""
@@ -190,10 +198,10 @@ class AutoLDU(AutoContinuous):
         """Returns the transformation from noise to latent variables, with a cache."""
         flow = self._flow()
         fast, matrix = at_least_float32(flow.affine).tensor_split((2,))
-        loc, log_scale = (_FASTER * fast).unbind()
+        loc, log_scale = (FASTER * fast).unbind()
         scale = log_scale.exp()
         affine = _Affine(loc, scale.diag() + _LINEAR * scale * matrix.tril(-1))
-        parts = [part for block in flow for part in block.parts()]
+        parts = [part for block in flow.blocks for part in block.parts()]  # type: ignore[operator]
         return Composition(_Shear(matrix.triu(1)), *parts, affine, cache_size=1)
 
     @torch.no_grad()
@@ -237,6 +245,23 @@ class AutoLDU(AutoContinuous):
             for site, value in self._unpack_latent(latent):
                 parts.setdefault(site["name"], []).append(biject_to(site["fn"].support)(value))
         return {name: torch.stack(values) for name, values in parts.items()}
+
+
+class _Flow(nn.Module):
+    """The parameters of a guide: those of the blocks, and of the affine maps around them."""
+
+    def __init__(self, blocks: Sequence[ConditionalLDU], affine: Tensor) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.affine = nn.Parameter(affine)
+
+
+def _announce(name: str, parameter: Tensor) -> None:
+    """Makes a parameter a site of Pyro's traces, without its store."""
+    value = parameter.view_as(parameter)
+    value.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+    site = effectful(lambda *_, **__: value, type="param")
+    site(name, value, constraint=constraints.real, name=name)
 
 
 class _Affine(LowerCholeskyAffine):

@@ -210,7 +210,8 @@ class LazyAffine(LazyElementWise):
         shift, scale = parameters[..., 0], parameters[..., 1]
         if c is None:
             return Affine(shift, scale, rate=FASTER)
-        return Affine(shift, scale + (FASTER - 1) * self.parameter[..., 1])
+        free = at_least_float32(self.parameter[..., 1])
+        return Affine(shift, scale + (FASTER - 1) * free)
 
 
 class LazySinusoids(LazyElementWise):

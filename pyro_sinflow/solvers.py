@@ -56,9 +56,10 @@ class Solver:
             machine epsilon of the dtype, and a warning is given beyond 32 times.
         max_iter: The largest number of iterations. If :py:`None`, 200 for sinusoids and one pass
             per feature for triangular maps; 100 for ``"banach"``. Where Python cannot branch on
-            values (``torch.compile``, ``torch.func``, forward mode), a sinusoid always takes
-            ``max_iter`` iterations (default 40; 100 for ``"banach"``), and a triangular map one
-            pass per feature, but at most ``max_iter``.
+            values (``torch.compile``, ``torch.func``, ``torch.jit.trace``, ``make_fx``, forward
+            mode, and the capture of a CUDA graph), a sinusoid always takes ``max_iter`` iterations
+            (default 40; 100 for ``"banach"``), and a triangular map one pass per feature, but at
+            most ``max_iter``.
         derivatives: How many times the inverse of a triangular map can be differentiated by
             reverse mode. Each order takes one more evaluation of the map.
 

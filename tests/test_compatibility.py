@@ -109,10 +109,11 @@ NOTES = {
     "have no such limit.",
     "gpu": "The test that needs a GPU is marked `gpu` and was not run for this table. The check "
     "that ran uses fake tensors on a device without values.",
-    "graph": "The explicit direction, with `pyro.enable_validation(False)`. An inverse reads "
-    "values to find out whether it has converged, so it cannot be captured. The tests that "
-    "capture are marked `gpu` and were not run for this table. The check that ran finds that no "
-    "values are read.",
+    "graph": "With `pyro.enable_validation(False)`. Inverses take a fixed number of passes. The "
+    "tests that capture are marked `gpu` and were not run for this table. The check that ran finds "
+    "that the explicit direction reads no values; "
+    "`test_devices.py::test_samples_read_no_values_during_the_capture_of_a_graph` shows it for "
+    "inverses.",
     "device": "The check replicates the module as `DataParallel` does on each device, on the CPU.",
 }
 ANY = tuple(SUBJECTS)

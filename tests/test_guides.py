@@ -325,8 +325,22 @@ def test_local_parameters_do_not_reach_the_store():
         guide = Small(correlated)
         loss = Trace_ELBO().differentiable_loss(correlated, guide)
         loss.backward()
-    assert all(p.grad is not None for p in guide.parameters())
+        assert all(p.grad is not None for p in guide.parameters())
+        before = copy.deepcopy(guide.state_dict())
+        fit(correlated, guide, steps=2)
+    assert [n for n, p in guide.named_parameters() if torch.equal(p, before[n])] == []
     assert len(pyro.get_param_store()) == 0
+
+
+def test_a_frozen_guide_keeps_its_parameters():
+    guide = Small(correlated)
+    guide()
+    guide.requires_grad_(False)
+    before = copy.deepcopy(guide.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide()
+    assert all(torch.equal(p, before[n]) for n, p in guide.named_parameters())
 
 
 def test_stored_parameters_of_another_guide_are_refused():
@@ -340,6 +354,13 @@ def test_stored_parameters_of_another_guide_are_refused():
             make(model)(size)
     pyro.clear_param_store()
     for make, size in cases:
+        guide = make(model)
+        guide(size)
+        pyro.get_param_store().clear()
+        Small(model)(2)
+        with pytest.raises(ValueError, match=r"parameter store has 'AutoLDU.* of shape"):
+            guide(size)
+        pyro.clear_param_store()
         make(model)(size)
         pyro.clear_param_store()
 

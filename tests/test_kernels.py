@@ -290,9 +290,10 @@ def test_what_looks_at_more_than_values_takes_plain_operations(function):
         value, tangent = torch.autograd.forward_ad.unpack_dual(call(dual))
     assert not fused(value)
     assert torch.allclose(value, expected)
-    recorded = make_fx(call)(x)
     other = torch.randn_like(x)
-    assert torch.allclose(recorded(other), call(other))
+    for pre_dispatch in (False, True):
+        recorded = make_fx(call, pre_dispatch=pre_dispatch)(x)
+        assert torch.allclose(recorded(other), call(other))
     (slope,) = torch.autograd.grad(call(x.requires_grad_()).sum(), x)
     assert torch.allclose(tangent, slope)
     assert torch.allclose(torch.func.vmap(call)(x.detach()), expected)

@@ -10,6 +10,7 @@ import torch
 from conftest import perturb
 from torch import nn
 from torch.distributions import AffineTransform, ComposeTransform
+from torch.fx.experimental.proxy_tensor import make_fx
 from zuko.transforms import AdditiveTransform
 
 from pyro_sinflow import (
@@ -93,6 +94,16 @@ def test_the_cache_sees_steps_of_optimizers(optimizer):
     with torch.no_grad():
         assert t.inv(y) is not x
         assert torch.equal(t.inv(y), t.inv(y.clone()))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("record", [make_fx, lambda f: lambda y: torch.jit.trace(f, (y,))])
+def test_the_cache_is_not_recorded(record):
+    t = perturb(LDU(3)).requires_grad_(False)
+    with torch.no_grad():
+        y, other = t(torch.randn(5, 3)), torch.randn(5, 3)
+        recorded = record(lambda y: 1.0 * t.inv(y))(y)
+        assert torch.allclose(recorded(other), t.inv(other), atol=1e-5)
 
 
 def test_the_cache_knows_none_but_its_own_tensors():

@@ -40,11 +40,6 @@ def weighted(flow):
     return [m for m in flow.modules() if m._parameters.get("weight") is not None]
 
 
-def layers(flow):
-    """The linear maps of all networks."""
-    return weighted(flow)
-
-
 def last_layers(flow):
     """The last layer of each network: a sequence, and an index."""
     networks = [m for m in flow.modules() if isinstance(m, nn.Sequential)]
@@ -148,20 +143,20 @@ def by_replication(flow, use):
 
 def by_hooks(flow, use):
     s = torch.tensor(1.1, requires_grad=True)
-    for layer in layers(flow):
+    for layer in weighted(flow):
         layer.register_forward_hook(lambda module, args, output: s * output)
     return use(flow, [s, *flow.parameters()])
 
 
 def by_hooks_before(flow, use):
     s = torch.tensor(1.1, requires_grad=True)
-    for layer in layers(flow):
+    for layer in weighted(flow):
         layer.register_forward_pre_hook(lambda module, args: (s * args[0],))
     return use(flow, [s, *flow.parameters()])
 
 
 def by_global_hooks(flow, use):
-    s, scaled = torch.tensor(1.1, requires_grad=True), {*layers(flow)}
+    s, scaled = torch.tensor(1.1, requires_grad=True), {*weighted(flow)}
     hook = nn.modules.module.register_module_forward_hook(
         lambda module, args, output: s * output if module in scaled else None
     )
@@ -173,7 +168,7 @@ def by_global_hooks(flow, use):
 
 def by_replaced_forwards(flow, use):
     s = torch.tensor(1.1, requires_grad=True)
-    for layer in layers(flow):
+    for layer in weighted(flow):
         layer.forward = lambda x, forward=layer.forward: s * forward(x)
     return use(flow, [s, *flow.parameters()])
 

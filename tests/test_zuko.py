@@ -199,6 +199,8 @@ def test_fast_inverse_keeps_the_class_of_a_flow():
     assert {*map(id, fast.parameters())} == {*map(id, flow.parameters())}
     assert not fast.training
     assert isinstance(flow.transform.transforms[0], zuko.flows.MaskedAutoregressiveTransform)
+    fast.register_forward_hook(lambda *_: pytest.fail("This is another module."))
+    flow(c)
 
 
 def test_order():

@@ -3,8 +3,8 @@
 Plain tensors use a fused implementation, with one node in the graph and its gradient in closed
 form: kernels of Triton on a GPU, if Triton is installed; numpy for small arrays on a CPU, because
 its calls have less overhead; torch otherwise. Plain operations of torch are used for
-``torch.compile``, ``torch.func``, forward mode, batched gradients, ``torch.jit.trace`` and tensor
-subclasses.
+``torch.compile``, ``torch.func``, forward mode, batched gradients, ``torch.jit.trace``, ``make_fx``
+and tensor subclasses.
 """
 
 from __future__ import annotations
