@@ -34,6 +34,8 @@ except ImportError:  # torch 2.4
 _PLAIN = {bool, int, float, str, type(None), torch.Size}
 _PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _INTERNAL = frozenset(vars(nn.Module()))
+_CAPTURING = "cuda"  # the type of the devices that capture graphs
+_is_capturing = torch.cuda.is_current_stream_capturing
 InverseTransform = _InverseTransform
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 P = ParamSpec("P")
@@ -52,26 +54,16 @@ def is_concrete(*tensors: Tensor) -> bool:
     return not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
 
 
-def is_capturing(t: Tensor) -> bool:
-    """Whether a tensor is on a GPU, and a CUDA graph captures the current stream."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def can_branch_on(*tensors: Tensor) -> bool:
+def can_branch_on(*tensors: Tensor, captured: bool = False) -> bool:
     """Whether Python may branch on the values of tensors.
 
-    It may not if the tensors are transformed (:func:`is_transformed`), nor during the capture of a
-    CUDA graph, which can hold fused operations, but no reads.
-    """
-    return not is_transformed(*tensors) and not any(map(is_capturing, tensors))
+    It may not inside ``torch.compile``, ``torch.func``, ``torch.jit.trace``, ``make_fx`` or
+    forward-mode differentiation, during the capture of a CUDA graph, nor if they are fake or meta
+    tensors, or a batch of ``is_grads_batched``.
 
-
-def is_transformed(*tensors: Tensor) -> bool:
-    """Whether torch transforms or records operations on tensors.
-
-    It does inside ``torch.compile``, ``torch.func``, ``torch.jit.trace``, ``make_fx`` and
-    forward-mode differentiation, and if the tensors are fake or meta tensors, or a batch of
-    ``is_grads_batched``.
+    Args:
+        tensors: The tensors, on one device.
+        captured: Whether the capture of a CUDA graph makes no difference.
     """
     if (
         torch.compiler.is_compiling()
@@ -80,11 +72,12 @@ def is_transformed(*tensors: Tensor) -> bool:
         or get_proxy_mode() is not None
         or forward_ad._current_level >= 0
     ):
-        return True
+        return False
     for t in tensors:
         if isinstance(t, FakeTensor) or t.is_meta or _is_batched(t):
-            return True
-    return False
+            return False
+    # Last, because torch.compile cannot trace it.
+    return captured or tensors[0].device.type != _CAPTURING or not _is_capturing()
 
 
 def can_fuse(*tensors: Tensor) -> bool:
@@ -96,7 +89,7 @@ def can_fuse(*tensors: Tensor) -> bool:
     for t in tensors:
         if type(t) not in (Tensor, nn.Parameter):
             return False
-    return not is_transformed(*tensors)
+    return can_branch_on(*tensors, captured=True)
 
 
 def differentiation_levels() -> int:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._torch import is_capturing
+from .._torch import can_branch_on
 from ..sinusoid import bound
 from ..solvers import Root, Solver
 
@@ -388,7 +388,7 @@ def invert(
             y, parameters, x, found, eps=eps, aim=solver.tolerances(eps)[0],
             max_iter=solver.max_iter or (100 if banach else 200), banach=banach, **constants,
         )  # fmt: skip
-    if is_capturing(y):
+    if not can_branch_on(y):
         return x, []
     worst, iterations = found.amax(0).tolist()
     return x, parameters.shape[-2] * [Root(x, int(iterations), worst)]
