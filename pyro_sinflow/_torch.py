@@ -28,7 +28,9 @@ except ImportError:  # torch 2.4
 
     def get_proxy_mode() -> Any:  # type: ignore[misc]
         """Returns the mode of ``make_fx``, or None if it is not active."""
-        return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+        key = torch._C._TorchDispatchModeKey.PROXY
+        mode = torch._C._get_dispatch_mode(key)
+        return torch._ops._get_dispatch_mode_pre_dispatch(key) if mode is None else mode
 
 
 _PLAIN = {bool, int, float, str, type(None), torch.Size}
