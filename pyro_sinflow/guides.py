@@ -14,6 +14,7 @@ import torch
 from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.params import param_with_module_name
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
@@ -144,7 +145,7 @@ class AutoLDU(AutoContinuous):
         """Requires that the parameters in Pyro's store have the shapes of this guide."""
         store, prefix = pyro.get_param_store(), self._pyro_get_fullname("flow")
         for key, parameter in self._flow().named_parameters():
-            name = f"{prefix}$$${key}"
+            name = param_with_module_name(prefix, key)
             if name in store and store[name].shape != parameter.shape:
                 raise ValueError(
                     f"Pyro's parameter store has '{name}' of shape {tuple(store[name].shape)}, "
@@ -169,9 +170,9 @@ class AutoLDU(AutoContinuous):
             return
         if pyro.settings.get("module_local_params"):
             for key, parameter in flow.named_parameters():
-                _announce(f"{prefix}$$${key}", parameter)
+                _announce(param_with_module_name(prefix, key), parameter)
             return
-        store, name = pyro.get_param_store(), f"{prefix}$$$affine"
+        store, name = pyro.get_param_store(), param_with_module_name(prefix, "affine")
         if name in store and store[name] is not flow.affine:
             self._check_store()
         pyro.module(prefix, flow, update_module_params=True)
