@@ -184,9 +184,10 @@ class _Reduced(NamedTuple):
     peak: Array  # the largest |x|
 
 
-def _peak(xs: Array, xp: SimpleNamespace) -> Array:
-    """Returns the largest magnitude of each row, at least the smallest normal number."""
-    return xp.clip(xp.amax(abs(xs), 3), float(xp.finfo(xs.dtype).tiny), None)
+def _peak(xs: Array, own: bool, xp: SimpleNamespace) -> Array:
+    """Returns the largest magnitude of numbers that share their parameters, and not zero."""
+    size = abs(xs) if own else xp.amax(abs(xs), 3)
+    return xp.clip(size, float(xp.finfo(xs.dtype).tiny), None)
 
 
 class _ByProducts:
@@ -216,7 +217,7 @@ class _ByProducts:
         total = rows.sum(3)[:, :, None]  # (M, B, 1, 4)
         sine = 2 * products[:, :, :k]
         cosine = total - 2 * products[:, :, k:]
-        peak = _peak(xs, xp)
+        peak = _peak(xs, False, xp)
         unit = xs / peak
         return _Reduced(
             p=products[:, :, :k, :1] / chain.frequency,
@@ -255,7 +256,7 @@ class _BySums:
         xs, p, q, cosine, xp = self.xs, self.p, self.q, self.cosine, self.xp
         over_a = g_value / self.chain.frequency
         value_x, own = g_value * xs, self.chain.frequency.shape[3] > 1
-        peak = xp.clip(abs(xs), float(xp.finfo(xs.dtype).tiny), None) if own else _peak(xs, xp)
+        peak = _peak(xs, own, xp)
         sums = (
             over_a * p,
             over_a * q,
