@@ -53,7 +53,10 @@ def is_concrete(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+    for t in tensors:
+        if isinstance(t, FakeTensor) or t.is_meta:
+            return False
+    return True
 
 
 def can_branch_on(*tensors: Tensor, captured: bool = False) -> bool:
