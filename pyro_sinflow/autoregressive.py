@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import log, prod
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
+from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
 from zuko.utils import unpack
 
 from . import _validate as check
 from ._torch import autocasting, can_fuse
 from .bijection import Bijection, inverse
-from .sequential import StagedEvaluation, Stages, WholeEvaluation, stages_of
+from .kernels import AffineChain, substitution_kernel
+from .sequential import StagedEvaluation, Stages, WholeEvaluation, frozen_weights, stages_of
 
 # Minimum rows, per stage and in all, for which forward substitution is faster than full passes.
 _LEAST, _ENOUGH = 3, 384
+_GPU = "cuda"  # the device of the kernel; tests replace it
 
 
 class AutoregressiveMap:
@@ -181,10 +184,21 @@ class FrozenInverse:
         self.rows = y.numel() // stages.features
         self.targets = y.reshape(self.rows, -1)
         self._whole: WholeEvaluation | None = None
+        self.kernel = self._find_kernel(shapes) if y.device.type == _GPU else None
+
+    def _find_kernel(self, shapes: Sequence[Sequence[int]]) -> Callable[..., Tensor] | None:
+        """Returns the kernel that inverts this map, or None if there is none."""
+        module = substitution_kernel(self.y)
+        form, schedule = affine_chain(self.univariate, shapes), self.stages.schedule
+        if module is None or form is None or schedule is None:
+            return None
+        return partial(module.substitute, schedule=schedule, form=form)
 
     @property
     def is_sequential(self) -> bool:
         """Whether forward substitution is expected to be faster than passes through the network."""
+        if self.kernel is not None:
+            return True
         least = _LEAST * len(self.stages.stages)
         return self.y.device.type == "cpu" and self.rows >= max(2 * _LEAST, min(least, _ENOUGH))
 
@@ -197,8 +211,11 @@ class FrozenInverse:
 
     def sequential(self) -> Tensor:
         """Returns the root by forward substitution."""
-        evaluation = StagedEvaluation(self.stages, self.c, self.rows)
         order = torch.cat(self.stages.stages)
+        if self.kernel is not None:
+            layers = frozen_weights(self.stages, self.c, ordered=True)
+            return self._restore(order, self.kernel(self.targets[:, order].t(), layers))
+        evaluation = StagedEvaluation(self.stages, self.c, self.rows)
         x = self.targets.new_empty(0, self.rows)
         parts = []
         for targets in self.targets[:, order].split(
@@ -208,8 +225,11 @@ class FrozenInverse:
             tau = self.univariate(*self.split(h))
             x = (tau._inverse(targets) if isinstance(tau, Bijection) else tau.inv(targets)).t()
             parts.append(x)
-        x = self.targets.new_empty(len(order), self.rows).index_copy_(0, order, torch.cat(parts))
-        return x.t().reshape(self.y.shape)
+        return self._restore(order, torch.cat(parts))
+
+    def _restore(self, order: Tensor, x: Tensor) -> Tensor:
+        """Returns features, with shape (features, rows), in their own order and the shape of y."""
+        return torch.empty_like(x).index_copy_(0, order, x).t().reshape(self.y.shape)
 
 
 def treats_features_alike(univariate: Any) -> bool:
@@ -224,6 +244,29 @@ def treats_features_alike(univariate: Any) -> bool:
             return False
         univariate = univariate.func
     return isinstance(univariate, type) and issubclass(univariate, Transform)
+
+
+def affine_chain(
+    univariate: Callable[..., Transform], shapes: Sequence[Sequence[int]]
+) -> AffineChain | None:
+    """Returns the affine map and the sinusoids that a constructor makes, or None for other maps.
+
+    A class of this package that makes them has a static method ``affine_chain``, which takes the
+    shapes and the options of the class.
+    """
+    options: dict[str, Any] = {}
+    while isinstance(univariate, partial):
+        if univariate.args:
+            return None
+        options = univariate.keywords | options
+        univariate = univariate.func
+    shapes = [*map(tuple, shapes)]
+    if univariate is AdditiveTransform and not options and shapes == [()]:
+        return AffineChain()
+    if univariate is MonotonicAffineTransform and options.keys() <= {"slope"}:
+        return AffineChain(-log(options.get("slope", 1e-3))) if shapes == [(), ()] else None
+    make = vars(univariate).get("affine_chain")  # not that of a base class
+    return None if make is None else make.__func__(shapes, **options)
 
 
 def name_of(function: Any) -> str:

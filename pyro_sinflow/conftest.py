@@ -15,7 +15,7 @@ collect_ignore = []
 try:
     from pyro_sinflow.kernels import triton as _  # noqa: F401
 except ImportError:  # not installed, or too old
-    collect_ignore.append("kernels/triton.py")
+    collect_ignore += ["kernels/triton.py", "kernels/substitution.py"]
 if find_spec("sbi") is None:  # its examples need it
     collect_ignore.append("sbi.py")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Size, Tensor
 from . import _validate as check
 from ._torch import can_branch_on
 from .bijection import Bijection, at_least_float32
-from .kernels import evaluate, invert
+from .kernels import AffineChain, evaluate, invert
 from .solvers import InversionWarning, Solver
 
 FASTER = 10  # the factor of free locations and scales: each step moves them ten times as far
@@ -108,6 +108,13 @@ class Affine(Bijection):
 
     def __repr__(self) -> str:
         return f"Affine(batch_shape: {tuple(self.shift.shape)})"
+
+    @staticmethod
+    def affine_chain(
+        shapes: Sequence[Sequence[int]], max_scale: float = 1e3, rate: float = 1.0
+    ) -> AffineChain | None:
+        """Returns the options of the kernel that inverts maps of this class."""
+        return AffineChain(math.log(max_scale), rate) if shapes == [(), ()] else None
 
     def _log_scale(self) -> Tensor:
         u = self.scale if self.rate == 1.0 else self.rate * self.scale

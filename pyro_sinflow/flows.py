@@ -20,6 +20,7 @@ from zuko.lazy import (
 from . import _validate as check
 from .block import ConditionalLDU
 from .element_wise import Affine, Asinh, SinusoidalChain
+from .kernels import AffineChain
 from .lazy import (
     Lazy,
     LazyAffine,
@@ -252,6 +253,14 @@ class AffineSinusoids(Composition):
     ) -> None:
         chain = SinusoidalChain(parameters, min_slope, solver)
         super().__init__(Affine(shift, scale, max_scale), chain)
+
+    @staticmethod
+    def affine_chain(
+        shapes: Sequence[Sequence[int]], max_scale: float, min_slope: float, solver: Solver
+    ) -> AffineChain:
+        """Returns the options of the kernel that inverts maps of this class."""
+        m, size = shapes[2]
+        return AffineChain(math.log(max_scale), 1.0, (m, size // 3), min_slope, solver)
 
 
 def _autoregressive(

@@ -19,7 +19,7 @@ from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.autograd import Function
 
-from ._torch import can_branch_on, depends_on_more, honours_torch_function
+from ._torch import can_branch_on, can_fuse, depends_on_more, honours_torch_function
 from .autoregressive import AutoregressiveMap, FrozenInverse
 from .bijection import inverse
 from .nilpotent import cut_off, finite_events, largest, nilpotent_iteration
@@ -59,9 +59,19 @@ def invert(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
 
 
 def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
-    """Runs the number of passes that is always enough, in operations that torch can transform."""
+    """Runs the number of passes that is always enough, in operations that torch can transform.
+
+    During the capture of a CUDA graph, forward substitution replaces as many passes as there are
+    stages, or more, unless something is differentiated.
+    """
     limit = function.enough_passes(y.shape)
     limit = min(limit, solver.max_iter or limit)
+    if can_fuse(y) and not torch.is_grad_enabled() and solver.method != "banach":
+        frozen = function.frozen(y)
+        if frozen is not None and (frozen.kernel or limit >= len(frozen.stages.stages) - 1):
+            x = frozen.sequential()
+            record("triangular", 1, x.numel())
+            return x.where(finite_events(x, function.event_dim), torch.nan)
     x = torch.zeros_like(y)
     for _ in range(limit):
         new = inverse(function(x), y)

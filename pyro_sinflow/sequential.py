@@ -8,6 +8,7 @@ stages as there are features.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from ._torch import ELEMENT_WISE, is_dropout, plain_modules, versions
+from .kernels import ACTIVATIONS, Schedule
 from .masks import dependence, longest_paths
 from .networks import MaskedNetwork
 
@@ -119,6 +121,36 @@ class Stages:
             self.blocks[-1] = range(self.blocks[-1].start, i + 1)
             total += len(self.stages[i])
 
+    @cached_property
+    def schedule(self) -> Schedule | None:
+        """What the kernel of forward substitution needs to know of the network.
+
+        :py:`None` if the kernel does not support it, or if there are few stages of many features,
+        as in a coupling, where passes are faster.
+        """
+        layers, activations = self.operations[::2], self.operations[1::2]
+        names = {type(a).__name__ for a in activations}
+        alternate = layers == self.linears and len(names) <= 1 and names <= {*ACTIVATIONS}
+        if not alternate or self.features > 2 * (len(self.stages) - 1):
+            return None
+        if any(getattr(a, "alpha", 1.0) != 1.0 for a in activations):
+            return None
+        stages = [i for i, stage in enumerate(self.stages) for _ in stage]
+        known, places = [], []
+        at_input = at_weight = at_bias = 0
+        for layer, (inputs, _) in zip(self.linears, self.units, strict=True):
+            known.append([inputs.cuts[i] for i in stages])
+            size, units = len(inputs.order), layer.out_features
+            places.append([size, at_input, at_weight, at_bias])
+            at_input, at_bias = at_input + size, at_bias + units
+            at_weight += size * units
+        device = self.masks[0].device
+        return Schedule(
+            next(iter(names), "ReLU"),
+            torch.tensor(known, dtype=torch.int32, device=device),
+            torch.tensor(places, device=device),
+        )
+
     def _sort(self, level: Tensor) -> None:
         """Sorts inputs and outputs of each layer by the stage in which they are computed."""
         count, stage = len(self.stages), level
@@ -170,7 +202,7 @@ def stages_of(network: nn.Module, features: int) -> Stages | None:
     return stages
 
 
-def frozen_weights(stages: Stages, c: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+def frozen_weights(stages: Stages, c: Tensor | None, ordered: bool) -> list[tuple[Tensor, Tensor]]:
     """Returns weights, with shape (O, I), and biases, (O, N) or (O, 1), of a network's layers.
 
     They have the current values and no graph, and the context is added to the biases.
@@ -178,15 +210,20 @@ def frozen_weights(stages: Stages, c: Tensor | None) -> list[tuple[Tensor, Tenso
     Args:
         stages: The stages of the network.
         c: The context, with shape (N, C) or (1, C), or :py:`None`.
+        ordered: Whether units are in the order of the stages in which they are computed.
     """
     layers, n = [], stages.features
-    for layer, factor in zip(stages.linears, stages.factors, strict=True):
+    for layer, factor, (inputs, outputs) in zip(
+        stages.linears, stages.factors, stages.units, strict=True
+    ):
         weight = factor.to(layer.weight.dtype) * layer.weight.detach()
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
         bias = bias.unsqueeze(1)
         if layer is stages.linears[0] and c is not None:
             bias = torch.addmm(bias, weight[:, n:], c.t())
             weight = weight[:, :n]
+        if ordered:
+            weight, bias = weight[outputs.order].index_select(1, inputs.order), bias[outputs.order]
         layers.append((weight, bias))
     return layers
 
@@ -201,7 +238,7 @@ class WholeEvaluation:
 
     def __init__(self, stages: Stages, c: Tensor | None) -> None:
         self.operations = stages.operations
-        self.layers = [(w.t(), b.t()) for w, b in frozen_weights(stages, c)]
+        self.layers = [(w.t(), b.t()) for w, b in frozen_weights(stages, c, False)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs, with shape (N, outputs), at x, with shape (N, D)."""
@@ -236,12 +273,12 @@ class StagedEvaluation:
 
     def __init__(self, stages: Stages, c: Tensor | None, rows: int) -> None:
         self.hidden = stages.operations[:-1]
-        weights = frozen_weights(stages, c)
         self.layers = []
-        for (weight, bias), (inputs, outputs) in zip(weights, stages.units, strict=True):
-            weight = weight[outputs.order].index_select(1, inputs.order)
-            known = weight.new_zeros(len(inputs.order), rows)
-            self.layers.append((weight, bias[outputs.order], inputs, outputs, known))
+        for (weight, bias), units in zip(
+            frozen_weights(stages, c, ordered=True), stages.units, strict=True
+        ):
+            known = weight.new_zeros(weight.shape[1], rows)
+            self.layers.append((weight, bias, *units, known))
         self.blocks = iter(stages.blocks)
         self._begin(next(self.blocks))
 

@@ -59,7 +59,7 @@ class Solver:
             values (``torch.compile``, ``torch.func``, ``torch.jit.trace``, ``make_fx``, forward
             mode, and the capture of a CUDA graph), a sinusoid always takes ``max_iter`` iterations
             (default 40; 100 for ``"banach"``), and a triangular map one pass per feature, but at
-            most ``max_iter``.
+            most ``max_iter``; or forward substitution where the capture of a CUDA graph allows it.
         derivatives: How many times the inverse of a triangular map can be differentiated by
             reverse mode. Each order takes one more evaluation of the map.
 

@@ -312,6 +312,9 @@ def test_samples_read_no_values_during_the_capture_of_a_graph(name, monkeypatch)
         x.sum().backward()
     assert torch.allclose(x, expected, atol=1e-5)
     assert any(p.grad is not None for p in flow.parameters())
+    with torch.no_grad(), pyro.validation_enabled(False), NoReads():
+        x = flow(c).transform.inv(z)
+    assert torch.allclose(x, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -11,7 +11,7 @@ import pyro_sinflow
 PACKAGE = Path(pyro_sinflow.__file__).parent
 ORDER = [
     *("_torch", "_validate", "arrays", "sinusoid", "solvers"),
-    *("kernels.eager", "kernels.triton", "kernels"),
+    *("kernels.eager", "kernels.triton", "kernels", "kernels.substitution"),
     *("masks", "networks", "pixelcnn", "sequential", "bijection", "autoregressive", "nilpotent"),
     *("implicit", "element_wise", "linear", "transforms", "lazy", "block", "modules", "flows"),
     *("fast", "guides", "sbi"),

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyro
@@ -50,7 +51,8 @@ CASES = {
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_interpreted():
     options = ["-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-m", "not gpu"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
+    files = [__file__, str(Path(__file__).with_name("test_substitution.py"))]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -244,19 +246,19 @@ def test_results_are_deterministic(device, case):
 
 
 def test_a_first_launch_tells_whether_kernels_run(device, monkeypatch):
-    load = kernels._load_triton.__wrapped__
-    assert load(torch.device(device)) is gpu
+    load = kernels.load.__wrapped__
+    assert load("triton", torch.device(device)) is gpu
 
     def fail(*_, **__):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(gpu, "forward", fail)
     with pytest.warns(UserWarning, match="no compiler"):
-        assert load(torch.device(device)) is None
+        assert load("triton", torch.device(device)) is None
 
 
 def test_which_tensors_take_kernels(monkeypatch):
-    monkeypatch.setattr(kernels, "_load_triton", lambda device: device)
+    monkeypatch.setattr(kernels, "load", lambda name, device: device)
 
     def tensor(device="cuda:0", dtype=torch.float32):
         return SimpleNamespace(is_cuda=device != "cpu", device=device, dtype=dtype)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from importlib import import_module
 from math import prod
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +37,47 @@ from . import eager
 
 R = TypeVar("R")
 
+ACTIVATIONS = ("ReLU", "ELU", "SiLU", "Tanh")  # that the kernel of forward substitution supports
+
 _NUMPY = 2**16  # largest temporary for which numpy is faster, if parameters are shared
 _BLOCK = 2**22  # elements of temporaries that fit in the processor's cache
+
+
+class AffineChain(NamedTuple):
+    """An affine map and a chain of sinusoids after it, which kernels can invert.
+
+    Its parameters are the shift, the log-scale and those of the sinusoids. If there are no
+    sinusoids, the log-scale can be missing.
+
+    Args:
+        log_max: The largest log-scale.
+        rate: The factor of the unconstrained log-scale.
+        sinusoids: The number of sinusoids, and that of their components.
+        min_slope: The smallest slope of each sinusoid.
+        solver: How the sinusoids are inverted.
+    """
+
+    log_max: float = 1.0
+    rate: float = 1.0
+    sinusoids: tuple[int, int] = (0, 1)
+    min_slope: float = 0.5
+    solver: Solver = Solver()
+
+
+class Schedule(NamedTuple):
+    """When the units of a masked network are computed by the kernel of forward substitution.
+
+    Args:
+        activation: The name of the activation, one of :data:`ACTIVATIONS`.
+        known: The number of inputs of each layer that are known before each feature, with shape
+            (layers, D), as 32-bit integers.
+        places: The number of inputs of each layer, and the places of its inputs among those of all
+            layers, of its weights and of its biases, with shape (layers, 4), as 64-bit integers.
+    """
+
+    activation: str
+    known: Tensor
+    places: Tensor
 
 
 @honours_torch_function
@@ -115,26 +155,32 @@ def _blocks(x: Tensor, parameters: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @cache
-def _load_triton(device: torch.device) -> ModuleType | None:
-    """Returns the kernels of Triton if a first launch on the device succeeds."""
+def load(name: str, device: torch.device) -> ModuleType | None:
+    """Returns a file of Triton kernels if a first launch on the device succeeds."""
     try:
-        from . import triton
+        kernels = import_module(f".{name}", __name__)
     except ImportError:
         return None
     try:
-        x = torch.zeros(1, device=device)
-        triton.forward(x, x.new_zeros(1, 4), min_slope=0.5, save=False)
+        kernels.probe(device)
     except Exception as error:  # such as no C compiler, or a GPU that is too old
         warnings.warn(f"The Triton kernels failed and are not used: {error}", stacklevel=2)
         return None
-    return triton
+    return kernels
 
 
 def _triton(x: Tensor, parameters: Tensor) -> ModuleType | None:
-    """Returns the kernels of Triton if they support these tensors."""
+    """Returns the kernels of a chain if they support these tensors."""
     if not x.is_cuda or parameters.device != x.device or parameters.dtype != x.dtype:
         return None
-    return _load_triton(x.device) if x.dtype in (torch.float32, torch.float64) else None
+    return load("triton", x.device) if x.dtype in (torch.float32, torch.float64) else None
+
+
+def substitution_kernel(y: Tensor) -> ModuleType | None:
+    """Returns the kernel of forward substitution if it supports this tensor."""
+    if not y.is_cuda or y.dtype not in (torch.float32, torch.float64):
+        return None
+    return load("substitution", y.device)
 
 
 def _run(function: Callable[..., R], *tensors: Tensor) -> R:

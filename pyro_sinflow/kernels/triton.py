@@ -392,3 +392,9 @@ def invert(
         return x, []
     worst, iterations = found.amax(0).tolist()
     return x, parameters.shape[-2] * [Root(x, int(iterations), worst)]
+
+
+def probe(device: torch.device) -> None:
+    """Launches a kernel on a device, which raises an error if it does not run there."""
+    x = torch.zeros(1, device=device)
+    forward(x, x.new_zeros(1, 4), min_slope=0.5, save=False)

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pyro
@@ -194,6 +195,12 @@ def inverse(flow: Flow, z: Tensor) -> Tensor:
     return flow().transform.inv(z)
 
 
+def by_passes(flow: Flow, z: Tensor) -> Tensor:
+    """Returns the same by passes through the networks, as without the kernel on a GPU."""
+    with patch("pyro_sinflow.autoregressive.substitution_kernel", return_value=None):
+        return inverse(flow, z)
+
+
 def sampling(name: str, rows: Tensor, sizes: Sizes) -> Iterator[Row]:
     """Yields what samples cost, in log-densities."""
     if name == "autoregressive":
@@ -209,7 +216,9 @@ def sampling(name: str, rows: Tensor, sizes: Sizes) -> Iterator[Row]:
         z, x = torch.randn(n, sizes.features, device=DEVICE), rows[torch.arange(n) % len(rows)]
         with torch.no_grad():
             value = ratio(partial(inverse, flow, z), lambda x=x: flow().log_prob(x), sizes)
-        yield f"{n:,} samples of {name} over their log-densities", value, "3"
+            yield f"{n:,} samples of {name} over their log-densities", value, "3"
+            value = ratio(partial(by_passes, flow, z), partial(inverse, flow, z), sizes)
+            yield f"{n:,} samples of {name}: passes over forward substitution", value, "none"
 
 
 def zukos(make: Callable[..., Flow], rows: Tensor, sizes: Sizes) -> Iterator[Row]:
@@ -222,9 +231,15 @@ def zukos(make: Callable[..., Flow], rows: Tensor, sizes: Sizes) -> Iterator[Row
     for n in (sizes.some, sizes.many):
         z = torch.randn(n, sizes.features, device=DEVICE)
         with torch.no_grad():
-            value = ratio(partial(inverse, flow, z), partial(inverse, fast, z), sizes)
+            value: float | str = ratio(partial(inverse, flow, z), partial(inverse, fast, z), sizes)
         what = f"{n:,} samples of {make.__name__}: zuko's inverse over fast_inverse"
         yield what, value, "at least 10"
+        value = "needs a GPU"
+        if GPU:
+            with torch.no_grad(), pyro.validation_enabled(False):
+                both = (captured(partial(inverse, f, z)) for f in (flow, fast))
+                value = ratio(*both, sizes)
+        yield f"{what}, both in CUDA graphs", value, "none"
 
 
 def table(rows: Tensor, sizes: Sizes) -> Iterator[Row]:
@@ -249,11 +264,13 @@ def setting(root: Path | None, sizes: Sizes) -> str:
     except PackageNotFoundError:
         triton = "none"
     device = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
-    used = GPU and kernels._load_triton(torch.empty(0, device=DEVICE).device) is not None
+    device_of_all = torch.empty(0, device=DEVICE).device
+    names = ("triton", "substitution")
+    used = [n for n in names if GPU and kernels.load(n, device_of_all) is not None]
     data = "synthetic rows" if root is None else "patches of BSDS300"
     return (
-        f"{device}; torch {torch.__version__}, triton {triton}, whose kernels are "
-        f"{'used' if used else 'not used'}; {sizes.features} features, hidden units "
+        f"{device}; torch {torch.__version__}, triton {triton}, kernels that are used: "
+        f"{', '.join(used) or 'none'}; {sizes.features} features, hidden units "
         f"{sizes.hidden}; flows trained for {sizes.steps:,} steps on {data}."
     )
 
