@@ -10,7 +10,6 @@ GPU, steps are eager.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -19,23 +18,23 @@ import pyro
 import torch
 from data import Data, patches
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import trange
-from training import arguments, captured, evaluate, likelihood_step, print_table
+from training import adamw, arguments, captured, evaluate, likelihood_step, print_table
 
 from pyro_sinflow import SinusoidalFlow
 
 
 def train(
-    step: Callable[[], Tensor], data: Data, batch: Tensor, rate: Tensor, lr: float, steps: int
+    step: Callable[[], Tensor], data: Data, batch: Tensor, schedule: LRScheduler, steps: int
 ) -> None:
-    """Takes steps with random rows and a learning rate that falls along a cosine.
+    """Takes steps with random rows.
 
     Args:
         step: The step.
         data: The rows, on the device of the flow.
         batch: The tensor from which the step reads its rows.
-        rate: The tensor from which it reads the learning rate.
-        lr: The initial learning rate.
+        schedule: The schedule of the learning rate.
         steps: The number of steps.
     """
     with trange(steps, desc="training") as bar:
@@ -43,8 +42,8 @@ def train(
             # On the device of the rows: indices from the CPU would have to be copied.
             rows = torch.randint(len(data.train), (len(batch),), device=batch.device)
             batch.copy_(data.train[rows])  # into the memory that the graph reads
-            rate.fill_(lr * 0.5 * (1 + math.cos(math.pi * i / steps)))
             loss = step()
+            schedule.step()
             if i % 100 == 0:  # not in each step, because the host waits for the value
                 bar.set_postfix(loss=f"{float(loss):.2f}", refresh=False)
 
@@ -88,24 +87,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     ).to(device)
     # A graph always reads the same memory, so each batch is copied into this tensor.
     batch = data.train[: args.rows].clone()
-    rate = torch.tensor(args.lr, device=device)
+    optimizer = adamw(flow.parameters(), args.lr)
+    schedule = CosineAnnealingLR(optimizer, args.steps)
 
     pyro.enable_validation(False)  # its checks read values, which is not possible in a capture
 
     def loss() -> Tensor:
         return -flow().log_prob(batch).mean()
 
-    eager = step = likelihood_step(flow, loss, rate)
+    eager = step = likelihood_step(optimizer, loss)
     kind = "eager"
     if args.compile:
         # The compiler would rewrite an assertion of zuko about a tuple as one about a tensor.
         torch._dynamo.config.rewrite_assert_with_torch_assert = False
         compiled = torch.compile(loss, mode="reduce-overhead")
-        step, kind = likelihood_step(flow, compiled, rate), "compiled"
+        step, kind = likelihood_step(optimizer, compiled), "compiled"
     elif device.type == "cuda":
-        step, kind = captured(eager), "captured"  # after three steps of warm-up
+        step, kind = captured(eager), "captured"
 
-    train(step, data, batch, rate, args.lr, args.steps)
+    train(step, data, batch, schedule, args.steps)
     score, error = evaluate(flow, data.test)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.save(flow.state_dict(), args.out / "gpu.pt")  # before the further steps that are timed

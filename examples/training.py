@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import pyro
 import torch
 from data import Data
 from pyro.infer import ELBO, MCMC, NUTS, SVI
@@ -59,13 +60,14 @@ def fit(
 ) -> Flow:
     """Fits a flow by maximum likelihood, and leaves it with the weights that validated best.
 
-    With a checkpoint, an interrupted fit continues from its last validation and reaches the same
-    result as one without interruption. The result of a finished fit is read from the file.
+    With a checkpoint, an interrupted fit continues from its last validation and, on a CPU, reaches
+    the same result as one without interruption. The result of a finished fit is read from the file.
+    On a GPU, each step is a CUDA graph.
 
     Args:
         name: The text of the progress bar.
         flow: The flow.
-        data: The data set.
+        data: The data set, on the device of the flow.
         budget: The options of the fit.
         checkpoint: The file to write, and to resume from if it exists.
         parameters: The parameters, or groups of them, to optimize. If :py:`None`, all parameters.
@@ -77,10 +79,8 @@ def fit(
         ValueError: If the checkpoint has another budget.
         RuntimeError: If the checkpoint is of another flow.
     """
-    optimizer = torch.optim.AdamW(
-        flow.parameters() if parameters is None else parameters,
-        lr=budget.lr,
-        weight_decay=budget.weight_decay,
+    optimizer = adamw(
+        flow.parameters() if parameters is None else parameters, budget.lr, budget.weight_decay
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     validation = data.validation[:: max(len(data.validation) // 2000, 1)]
@@ -88,7 +88,7 @@ def fit(
     step, best, best_step, weights = 0, -math.inf, 0, copy.deepcopy(flow.state_dict())
     begin = time.process_time()
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if saved["budget"] != asdict(budget):
             raise ValueError(
                 f"'{checkpoint}' should have the budget {asdict(budget)}, got {saved['budget']}: "
@@ -96,19 +96,22 @@ def fit(
             )
         for key, part in parts.items():
             part.load_state_dict(saved[key])
+        use_tensors(optimizer)
         step, best, best_step, weights = saved["progress"]
         torch.set_rng_state(saved["random"])
         begin -= saved["seconds"]
 
+    batch = data.train.new_empty(budget.batch, *data.train.shape[1:])
+    take = likelihood_step(optimizer, lambda: -flow().log_prob(batch).mean(), budget.clip)
+    if batch.is_cuda:
+        take = captured(take)
     patience = max(budget.patience, budget.every)  # at least one validation
     with tqdm(desc=name, total=budget.steps, initial=step) as bar:
         while step < budget.steps and step - best_step < patience:
             rows = torch.randint(len(data.train), (budget.batch,))
-            loss = -flow.train()().log_prob(data.train[rows]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(flow.parameters(), budget.clip)
-            optimizer.step()
+            batch.copy_(data.train[rows.to(batch.device)])
+            flow.train()
+            take()
             schedule.step()
             step += 1
             bar.update()
@@ -210,26 +213,44 @@ def passes(name: str, flow: Flow, batches: int, size: int) -> list[int]:
     return [i.iterations for i in inversions if i.problem == "triangular"]
 
 
-def likelihood_step(
-    flow: Flow, loss: Callable[[], Tensor], rate: Tensor, clip: float = 10.0
-) -> Callable[[], Tensor]:
-    """Returns a step of maximum likelihood with AdamW that a CUDA graph can capture.
+def adamw(parameters: Iterable[Any], lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """Returns an optimizer whose steps a CUDA graph can capture, if its parameters are on a GPU.
 
     Args:
-        flow: The flow.
+        parameters: The parameters, or groups of them.
+        lr: The initial learning rate. A scheduler of torch can change it.
+        weight_decay: The weight decay.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+    for group in optimizer.param_groups:
+        # A graph repeats its kernels, so that the GPU has to count the steps.
+        group["capturable"] = group["params"][0].is_cuda
+    use_tensors(optimizer)
+    return optimizer
+
+
+def use_tensors(optimizer: torch.optim.Optimizer) -> None:
+    """Puts learning rates into tensors on the GPU, where a graph reads them in each step."""
+    for group in optimizer.param_groups:
+        if group["params"][0].is_cuda:
+            group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
+
+
+def likelihood_step(
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], clip: float = 10.0
+) -> Callable[[], Tensor]:
+    """Returns a step of maximum likelihood that a CUDA graph can capture.
+
+    Args:
+        optimizer: The optimizer.
         loss: A function that returns the loss of the current batch. It reads the batch from the
             same tensor each time.
-        rate: The learning rate, with shape (), which the caller overwrites.
         clip: The largest norm of the gradient.
 
     Returns:
         A function that takes a step and returns the loss before it.
     """
-    # A graph repeats its kernels on the same addresses. The optimizer therefore has to count its
-    # steps on the GPU, and the learning rate has to be a tensor: a number would stay constant.
-    parameters = [*flow.parameters()]
-    capturable = parameters[0].is_cuda
-    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, capturable=capturable)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)  # so that the graph overwrites the gradients
@@ -245,34 +266,40 @@ def likelihood_step(
 def captured(step: Callable[[], Tensor], warm_up: int = 3) -> Callable[[], Tensor]:
     """Captures a step in a CUDA graph, which launches all of its kernels at once.
 
-    The step must not read values, so validation has to be off, and its tensors must stay in the
-    same memory.
+    The tensors of the step must stay in the same memory. Validation is off during the step, because
+    a graph cannot read values.
 
     Args:
         step: The step, which returns a tensor.
-        warm_up: The number of steps that are taken before the capture, at least one.
+        warm_up: The number of steps before the capture, at least one.
 
     Returns:
-        A function that replays the step. It returns the same tensor each time, with a new value.
+        A function that takes a step. Once the graph is captured, it returns the same tensor each
+        time, with a new value.
     """
     # A capture needs a stream other than the default one, and the warm-up takes the same stream.
     # The warm-up compiles Triton's kernels and allocates the workspaces of cuBLAS and the state of
     # the optimizer, which is not possible during a capture.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_up):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = step()  # records the kernels, and does not run them
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    taken, result = 0, torch.empty(0)
 
-    def replay() -> Tensor:
+    def take() -> Tensor:
+        nonlocal taken, result
+        taken += 1
+        with pyro.validation_enabled(False):
+            if taken <= warm_up:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    result = step()
+                torch.cuda.current_stream().wait_stream(stream)
+                return result
+            if taken == warm_up + 1:
+                with torch.cuda.graph(graph, stream=stream):
+                    result = step()  # records the kernels, and does not run them
         graph.replay()
         return result
 
-    return replay
+    return take
 
 
 def evaluate(flow: Flow, rows: Tensor) -> tuple[float, float]:

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -13,6 +15,7 @@ import pytest
 import torch
 from conftest import EXAMPLES
 from torch.distributions import Independent, SigmoidTransform, TransformedDistribution, Uniform
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_sinflow import SinusoidalFlow
 
@@ -197,34 +200,86 @@ def test_a_step_is_that_of_the_optimizer(training, conditioner, captured):
         flow.to(device)
         return flow, lambda: -flow().log_prob(batch).mean()
 
-    batch, rate = torch.empty(16, 3, device=device), torch.tensor(0.1, device=device)
+    batch = torch.empty(16, 3, device=device)
     batches = [torch.randn(16, 3).to(device) for _ in range(5)]
-    batch.copy_(batches[0])
-    rates = [0.1, 0.1, 0.1, 0.05, 1e-3]
-    with pyro.validation_enabled(False):
-        flow, loss = flow_and_loss(batch)
-        step = training.likelihood_step(flow, loss, rate, clip=0.1)
-        if captured:  # the warm-up takes the first step
-            step = training.captured(step, warm_up=1)
-        else:
-            step()
-        found = []
-        for rows, lr in list(zip(batches, rates, strict=True))[1:]:
-            batch.copy_(rows)
-            rate.fill_(lr)
-            found.append(float(step()))
+    flow, loss = flow_and_loss(batch)
+    optimizer = training.adamw(flow.parameters(), 0.1)
+    schedule = CosineAnnealingLR(optimizer, len(batches))
+    step = training.likelihood_step(optimizer, loss, clip=0.1)
+    if captured:
+        step = training.captured(step, warm_up=2)
+    found = []
+    for rows in batches:
+        batch.copy_(rows)
+        found.append(float(step()))
+        schedule.step()
 
-        flow, loss = flow_and_loss(batch)
-        optimizer = torch.optim.AdamW(flow.parameters(), weight_decay=0.0)
-        for i, (rows, lr) in enumerate(zip(batches, rates, strict=True)):
-            batch.copy_(rows)
-            optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.1)
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-            assert i == 0 or found[i - 1] == pytest.approx(float(value.detach()), rel=1e-4)
+    flow, loss = flow_and_loss(batch)
+    optimizer = torch.optim.AdamW(flow.parameters(), 0.1, weight_decay=0.0)
+    for i, rows in enumerate(batches):
+        batch.copy_(rows)
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 0.1)
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * i / len(batches)))
+        optimizer.step()
+        assert found[i] == pytest.approx(float(value.detach()), rel=1e-4)
+
+
+def test_a_captured_step_is_taken_once_in_each_call(training, monkeypatch):
+    """Stand-ins for what CUDA does: a capture runs nothing, and a replay runs what it recorded."""
+    done, capturing = [], [False]
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    @contextmanager
+    def capture(graph, stream):
+        capturing[0] = True
+        yield
+        capturing[0] = False
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def step():
+        assert not pyro.distributions.is_validation_enabled()
+        if not capturing[0]:
+            done.append("eager")
+        return torch.ones(())
+
+    take = training.captured(step, warm_up=2)
+    for _ in range(5):
+        assert take() == 1
+    assert done == ["eager", "eager", "replay", "replay", "replay"]
+    assert pyro.distributions.is_validation_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_fit_on_a_gpu_is_that_on_a_cpu(training, tmp_path):
+    rows = torch.randn(100, 3)
+    data = training.Data(rows, rows[:50], rows[:50], rows.mean(0), rows.std(0))
+    weights = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        flow = SinusoidalFlow(3, transforms=2, hidden_features=(8,)).to(device)
+        budget = training.Budget(20, batch=16, every=10, lr=1e-3)
+        here = training.Data(*(part.to(device) for part in data))
+        for _ in range(2):  # the second reads the checkpoint
+            fitted = training.fit("fit", flow, here, budget, tmp_path / f"{device}.pt")
+        weights.append([*fitted.cpu().parameters()])
+    for a, b in zip(*weights, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [(), pytest.param(("--compile",), marks=pytest.mark.slow)])
