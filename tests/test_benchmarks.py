@@ -30,7 +30,7 @@ def test_gpu(tmp_path, data, capsys, monkeypatch):
     table = rows(output)
     assert table.pop("what") == ["measured", "aim"]
     assert len(table) == 2 * 4 + 3 * 4 + 2 * 4
-    for start, count in (("gradient of LDU", 8), ("6 samples of", 5), ("16 samples of", 5)):
+    for start, count in (("gradient of LDU", 8), ("6 samples of", 10), ("16 samples of", 10)):
         assert sum(what.startswith(start) for what in table) == count
     for measured, _ in table.values():
         assert measured == "needs a GPU" or float(measured) > 0
