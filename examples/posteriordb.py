@@ -40,6 +40,7 @@ from pyro.infer.autoguide import (
     AutoContinuous,
     AutoDiagonalNormal,
     AutoIAFNormal,
+    AutoLaplaceApproximation,
     AutoMultivariateNormal,
 )
 from pyro.infer.autoguide.initialization import init_to_feasible
@@ -60,6 +61,7 @@ GUIDES: dict[str, Callable[[Model], AutoContinuous]] = {
     "AutoIAFNormal": partial(AutoIAFNormal, hidden_dim=[64, 64], num_transforms=2),
     "AutoMultivariateNormal": AutoMultivariateNormal,
     "AutoDiagonalNormal": AutoDiagonalNormal,
+    "AutoLaplaceApproximation": AutoLaplaceApproximation,
     # Starts as AutoIAFNormal does: at zero, and with a scale of one, in unconstrained space.
     "AutoLDU, wide": partial(AutoLDU, init_loc_fn=init_to_feasible, init_scale=1.0),
 }
@@ -71,24 +73,26 @@ LAST = 0.01  # the final learning rate, as a fraction of the initial one
 def fit(
     model: Model, guide: AutoContinuous, lr: float, *, steps: int = 0, seconds: float = 0.0
 ) -> tuple[int, float]:
-    """Fits a guide by SVI, for some steps or some processor time.
+    """Fits a guide that has not been called yet by SVI, for some steps or some processor time.
 
-    The learning rate falls exponentially.
+    The time includes that of the first call. The learning rate falls exponentially.
 
     Returns:
-        The number of steps, and their time.
+        The number of steps, and their time without the first call.
     """
     loss = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=0)
     svi = SVI(model, guide, optimizer := ClippedAdam({"lr": lr}), loss)
+    begin = time.process_time()
+    guide()
     start, step, share = time.process_time(), 0, 0.0
     while share < 1:
         svi.step()
         step += 1
-        spent = time.process_time() - start
-        share = step / steps if steps else spent / seconds
+        now = time.process_time()
+        share = step / steps if steps else (now - begin) / seconds
         for inner in optimizer.optim_objs.values():
             inner.param_groups[0]["lr"] = lr * LAST**share
-    return step, spent
+    return step, now - start
 
 
 def flatten(draws: dict[str, Tensor], sites: Sequence[str]) -> Tensor:
@@ -142,10 +146,11 @@ def run_fit(
     pyro.set_rng_seed(seed)
     posterior = read(args.data_root, name)
     q = GUIDES[guide](posterior.model)
-    q()
     budget = {mode: getattr(args, mode)}
     try:
         steps, spent = fit(posterior.model, q, rate, **budget)
+        if isinstance(q, AutoLaplaceApproximation):  # so far, it has searched the mode
+            q = q.laplace_approximation()
         result, samples = score(posterior, q, args.draws)
         if math.isnan(result["elbo"]):
             raise ValueError("The ELBO is NaN.")
@@ -194,7 +199,6 @@ def run_nuts(name: str, results: Results, args: argparse.Namespace) -> None:
         else:
             kind = method.removeprefix("NeuTra, ")
             guide = GUIDES[kind](posterior.model)
-            guide()
             rate = results[name, kind, "seconds"][0]["rate"]
             fit(posterior.model, guide, rate, seconds=args.seconds)
             neutra = NeuTraReparam(guide.requires_grad_(False))

@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
 from . import _validate as check
+from ._torch import can_branch_on
 from .bijection import at_least_float32
 from .block import ConditionalLDU
 from .element_wise import FASTER
+from .laplace import best_normal
 from .networks import MaskedNetwork
 from .transforms import Composition
 
 _LINEAR = 2  # the factor of the entries of A
+_LARGEST = 300  # variables, up to which there is a Laplace approximation
 _DRAWS = 10_000  # for medians and quantiles
 
 # Pyro's default takes the median of 15 samples, which is inaccurate for wide priors.
@@ -36,15 +40,20 @@ _init_to_median = init_to_median(num_samples=1000)
 class AutoLDU(AutoContinuous):
     r"""Creates a guide of LDU blocks over all continuous latent variables.
 
-    .. math:: z = \mu + A (f_n \circ \dots \circ f_1)(B x) \quad x \sim \mathcal{N}(0, I)
+    .. math:: z = m + C (\mu + A (f_n \circ \dots \circ f_1)(B x)) \quad x \sim \mathcal{N}(0, I)
 
     z is the vector of all latent variables in unconstrained space, A is a lower and B an upper
-    triangular matrix, and :math:`f_i` are LDU blocks. B and the blocks start as the identity. The
-    guide therefore starts as :class:`~pyro.infer.autoguide.AutoDiagonalNormal`. It can fit skewed,
-    curved and funnel-shaped posteriors, and scores its own samples in one pass, like
-    :class:`~pyro.infer.autoguide.AutoIAFNormal`. If the posterior is close to normal, as in a
-    regression with many observations, :class:`~pyro.infer.autoguide.AutoMultivariateNormal` is
-    enough.
+    triangular matrix, and :math:`f_i` are LDU blocks. It can fit skewed, curved and funnel-shaped
+    posteriors, and scores its own samples in one pass, like
+    :class:`~pyro.infer.autoguide.AutoIAFNormal`.
+
+    The first call searches modes of the posterior by Newton's method. m and the lower triangular C
+    are location and scale of the Laplace approximation with the highest ELBO. They stay constant,
+    and all else starts as the identity, so that optimizers work in units in which the posterior is
+    nearly standard normal. If there is no mode, or if the guide has a higher ELBO at
+    ``init_loc_fn`` with ``init_scale``, it starts there, with :math:`m = 0` and :math:`C = I`. It
+    also does with more than 300 variables, if the log-density is random (subsampled plates), or if
+    it cannot be differentiated twice. The search takes some hundred evaluations of the model.
 
     Optimizers such as Adam move each parameter by about the learning rate. Location and log-scales
     are parametrized so that they move by ten times as much. A learning rate that decays from 0.01
@@ -61,6 +70,9 @@ class AutoLDU(AutoContinuous):
         init_loc_fn: The initial location: one of Pyro's initialization functions. The default is
             ``init_to_median(num_samples=1000)``, the median of samples from the prior.
         init_scale: The initial scale of each unconstrained latent variable.
+        starts: The number of points from which a mode is searched: the initial location, and
+            the best of 32 points that are uniform between -2 and 2 in unconstrained space. With 0,
+            the guide starts at the initial location with the initial scale.
         blocks: The number of LDU blocks.
         sinusoids, ..., activation: The options of :class:`pyro_sinflow.LDU`, with other defaults
             for ``max_scale``.
@@ -90,6 +102,7 @@ class AutoLDU(AutoContinuous):
         init_loc_fn: Callable[..., Any] = _init_to_median,
         init_scale: float = 0.1,
         *,
+        starts: int = 4,
         blocks: int = 1,
         sinusoids: int = 4,
         components: int = 4,
@@ -101,6 +114,7 @@ class AutoLDU(AutoContinuous):
         check.function("model", model)
         check.function("init_loc_fn", init_loc_fn)
         self._init_scale = check.real("init_scale", init_scale, 0.0, math.inf)
+        self._starts = check.size("starts", starts, minimum=0)
         self._blocks = check.size("blocks", blocks)
         self._options: dict[str, Any] = {
             "sinusoids": sinusoids,
@@ -112,6 +126,7 @@ class AutoLDU(AutoContinuous):
         }
         ConditionalLDU(2, **self._options)  # checks the options before the model is run
         super().__init__(model, init_loc_fn=init_loc_fn)
+        self._plain_model = (model,)  # without init_loc_fn, and not as a submodule
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -122,11 +137,37 @@ class AutoLDU(AutoContinuous):
             _start_as_identity(block)
         # Rows: the location, the log-scales, and the entries of A below, of B above the diagonal.
         affine = loc.new_zeros(len(loc) + 2, len(loc))
-        affine[0] = loc / FASTER
-        affine[1] = math.log(self._init_scale) / FASTER
-        self.flow = _Flow(blocks, affine).to(loc)
+        whitening = self._find_whitening(loc, *args, **kwargs)
+        if whitening is None:
+            affine[0] = loc / FASTER
+            affine[1] = math.log(self._init_scale) / FASTER
+            if len(loc) <= _LARGEST:
+                whitening = torch.eye(len(loc) + 1, len(loc)).roll(1, 0)
+        self.flow = _Flow(blocks, affine, whitening).to(loc)
         self._check_store()
         self._take_stored()
+
+    def _find_whitening(self, loc: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Returns m, in the first row, and C, or None if the guide does not start from a mode."""
+        name = param_with_module_name(self._pyro_get_fullname("flow"), "whitening")
+        if not self._starts or len(loc) > _LARGEST or name in pyro.get_param_store():
+            return None
+        if not can_branch_on(loc):
+            return None
+
+        def log_density(latent: Tensor) -> Tensor:
+            total, values = latent.new_zeros(()), {}
+            for site, free in self._unpack_latent(latent):
+                transform = biject_to(site["fn"].support)
+                values[site["name"]] = value = transform(free)
+                total = total + transform.log_abs_det_jacobian(free, value).sum()
+            model = poutine.condition(self._plain_model[0], data=values)
+            with poutine.block():  # nobody else sees this run of the model
+                return total + poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum()
+
+        default = loc, self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+        best = best_normal(log_density, default, self._starts)
+        return None if best is default else torch.cat((best[0][None], best[1]))
 
     def _check_plates(self) -> None:
         """Warns of latent variables in a plate that is subsampled."""
@@ -142,10 +183,22 @@ class AutoLDU(AutoContinuous):
                     )
 
     def _check_store(self) -> None:
-        """Requires that the parameters in Pyro's store have the shapes of this guide."""
+        """Requires that Pyro's store has all parameters of this guide, with their shapes, or none.
+
+        Weights of version 0.3 lack ``whitening``, without which they have another meaning.
+        """
         store, prefix = pyro.get_param_store(), self._pyro_get_fullname("flow")
-        for key, parameter in self._flow().named_parameters():
-            name = param_with_module_name(prefix, key)
+        parameters = {
+            param_with_module_name(prefix, key): parameter
+            for key, parameter in self._flow().named_parameters()
+        }
+        missing = [name for name in parameters if name not in store]
+        if missing and len(missing) < len(parameters):
+            raise ValueError(
+                f"Pyro's parameter store has some parameters of this guide, but not '{missing[0]}'."
+                " If they belong to another guide, call 'pyro.clear_param_store()' first."
+            )
+        for name, parameter in parameters.items():
             if name in store and store[name].shape != parameter.shape:
                 raise ValueError(
                     f"Pyro's parameter store has '{name}' of shape {tuple(store[name].shape)}, "
@@ -201,7 +254,12 @@ class AutoLDU(AutoContinuous):
         fast, matrix = at_least_float32(flow.affine).tensor_split((2,))
         loc, log_scale = (FASTER * fast).unbind()
         scale = log_scale.exp()
-        affine = _Affine(loc, scale.diag() + _LINEAR * scale * matrix.tril(-1))
+        matrix_a = scale.diag() + _LINEAR * scale * matrix.tril(-1)
+        if flow.whitening is not None:
+            whitening = at_least_float32(flow.whitening.detach())
+            loc = torch.addmv(whitening[0], whitening[1:], loc)
+            matrix_a = whitening[1:] @ matrix_a
+        affine = _Affine(loc, matrix_a)
         parts = [part for block in flow.blocks for part in block.parts()]  # type: ignore[operator]
         return Composition(_Shear(matrix.triu(1)), *parts, affine, cache_size=1)
 
@@ -249,12 +307,18 @@ class AutoLDU(AutoContinuous):
 
 
 class _Flow(nn.Module):
-    """The parameters of a guide: those of the blocks, and of the affine maps around them."""
+    """The parameters of a guide: those of the blocks, and of the affine maps around them.
 
-    def __init__(self, blocks: Sequence[ConditionalLDU], affine: Tensor) -> None:
+    ``whitening`` is not trained. It is a parameter so that Pyro's store keeps it with the others.
+    """
+
+    def __init__(
+        self, blocks: Sequence[ConditionalLDU], affine: Tensor, whitening: Tensor | None
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.affine = nn.Parameter(affine)
+        self.whitening = None if whitening is None else nn.Parameter(whitening)
 
 
 def _announce(name: str, parameter: Tensor) -> None:

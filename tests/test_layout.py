@@ -14,7 +14,7 @@ ORDER = [
     *("kernels.eager", "kernels.triton", "kernels", "kernels.substitution"),
     *("masks", "networks", "pixelcnn", "sequential", "bijection", "autoregressive", "nilpotent"),
     *("implicit", "element_wise", "linear", "transforms", "lazy", "block", "modules", "flows"),
-    *("fast", "guides", "sbi"),
+    *("fast", "laplace", "guides", "sbi"),
 ]
 
 

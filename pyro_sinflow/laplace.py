@@ -1,0 +1,152 @@
+r"""Laplace approximations, from which guides start.
+
+A Laplace approximation is a normal distribution around a mode of a density. Its covariance is the
+inverse of the Hessian of the negative log-density.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Normal = tuple[Tensor, Tensor]  # location and lower triangular scale
+LogDensity = Callable[[Tensor], Tensor]
+
+_STEPS = 50  # of Newton's method
+_GAIN = 0.01  # the gain of a step, in nats, below which the search stops
+_DAMPING = 1e9  # the damping at which no step goes uphill
+_DISTANCE = 0.1  # to the mode, in standard deviations
+_ROWS = 16  # rows of a Hessian that are computed at a time, which bounds the memory
+_POINTS = 32  # random points, of which the best are starts
+_DRAWS = 32  # for the ELBO
+
+
+def best_normal(log_density: LogDensity, default: Normal, starts: int) -> Normal:
+    r"""Returns the Laplace approximation with the highest ELBO, or a default if that is higher.
+
+    Args:
+        log_density: The unnormalized log-density of a vector. A point where it raises an error or
+            is not finite is not a mode. If it is random, the default is returned.
+        default: The location and the scale of a normal distribution.
+        starts: The number of points from which modes are searched: the location of the default, and
+            those of several random points where the density is highest.
+    """
+    loc, _ = default
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")  # Pyro warns of densities that are not finite
+        first, second = _value(log_density, loc), _value(log_density, loc)
+        if abs(first - second) > 1e-4 * (1 + abs(first)):
+            return default
+        points = loc.new_empty(_POINTS, len(loc)).uniform_(-2, 2)
+        values = torch.tensor([_value(log_density, x) for x in points])
+        best = values.nan_to_num(-math.inf).argsort(descending=True)[: starts - 1]
+        found = [approximate(log_density, x) for x in (loc, *points[best])]
+        normals = [default, *(normal for normal in found if normal is not None)]
+        noise = torch.randn(_DRAWS, len(loc), dtype=loc.dtype, device=loc.device)
+        scores = [elbo(log_density, normal, noise) for normal in normals]
+    return normals[max(range(len(normals)), key=scores.__getitem__)]
+
+
+def elbo(log_density: LogDensity, normal: Normal, noise: Tensor) -> float:
+    """Returns the ELBO of a normal distribution, up to a constant.
+
+    Args:
+        log_density: The log-density.
+        normal: Location and scale.
+        noise: Draws from the standard normal distribution, with shape (draws, D).
+    """
+    loc, scale = normal
+    values = [_value(log_density, z) for z in loc + noise @ scale.mT]
+    score = sum(values) / len(values) + float(scale.diagonal().log().sum())
+    return score if math.isfinite(score) else -math.inf
+
+
+def approximate(log_density: LogDensity, x: Tensor) -> Normal | None:
+    r"""Returns the Laplace approximation at the mode that Newton's method finds from x.
+
+    A step along an eigenvector of the Hessian is :math:`g / (|\lambda| + \mu)`, for the gradient g
+    and the eigenvalue :math:`\lambda`. It goes uphill at saddle points, too. The damping
+    :math:`\mu` grows until a step does not go downhill, and falls afterwards.
+
+    Returns:
+        Location and scale, or :py:`None` if no mode is found.
+    """
+    damping, value = 1.0, _value(log_density, x)
+    for _ in range(_STEPS):
+        if (quadratic := _Quadratic.at(log_density, x)) is None:
+            return None
+        new = x + quadratic.step(damping).to(x)
+        while not (new_value := _value(log_density, new)) >= value:  # NaN is not
+            damping *= 8
+            if damping > _DAMPING:
+                return quadratic.normal(x)
+            new = x + quadratic.step(damping).to(x)
+        gain, x, value, damping = new_value - value, new, new_value, damping / 8
+        if gain < _GAIN and damping < 1 and quadratic.eigenvalues.min() > 0:
+            break
+    quadratic = _Quadratic.at(log_density, x)
+    return None if quadratic is None else quadratic.normal(x)
+
+
+def _value(log_density: LogDensity, x: Tensor) -> float:
+    """Returns the log-density, or NaN where there is none."""
+    try:
+        return float(log_density(x))
+    except Exception:  # the model has run elsewhere, so it has no density here
+        return math.nan
+
+
+class _Quadratic(NamedTuple):
+    """A quadratic approximation of a log-density, in units in which the Hessian's diagonal is 1."""
+
+    unit: Tensor
+    gradient: Tensor  # in the basis of the eigenvectors
+    eigenvalues: Tensor  # of the negative Hessian
+    eigenvectors: Tensor
+
+    @classmethod
+    def at(cls, log_density: LogDensity, x: Tensor) -> _Quadratic | None:
+        """Returns the approximation at x, or None if the log-density has no derivatives there."""
+        x = x.detach().clone().requires_grad_()  # not a tensor of the inference mode
+        eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
+        try:
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(log_density(x), x, create_graph=True)
+                rows = [
+                    torch.autograd.grad(
+                        gradient, x, part, True, is_grads_batched=True, materialize_grads=True
+                    )[0]
+                    for part in eye.split(_ROWS)
+                ]
+        except Exception:  # some densities cannot be differentiated twice
+            return None
+        hessian = -torch.cat(rows).detach().cpu().double()
+        gradient = gradient.detach().cpu().double()
+        if not bool(hessian.isfinite().all() & gradient.isfinite().all()):
+            return None
+        unit = hessian.diagonal().abs().rsqrt()
+        unit = unit.where(unit.isfinite(), 1.0)
+        hessian = unit[:, None] * hessian * unit
+        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+        return cls(unit, vectors.mT @ (unit * gradient), values, vectors)
+
+    def step(self, damping: float) -> Tensor:
+        """Returns a damped step of Newton's method."""
+        return self.unit * (
+            self.eigenvectors @ (self.gradient / (self.eigenvalues.abs() + damping))
+        )
+
+    def normal(self, x: Tensor) -> Normal | None:
+        """Returns the Laplace approximation if x is close to a mode, in standard deviations."""
+        if self.eigenvalues.min() <= 8 * torch.finfo(x.dtype).eps:
+            return None
+        if (self.gradient.square() / self.eigenvalues).sum() > _DISTANCE**2:
+            return None
+        root = self.unit[:, None] * self.eigenvectors / self.eigenvalues.sqrt()
+        loc = x.detach() + self.step(0.0).to(x)
+        return loc, torch.linalg.cholesky(root @ root.mT).to(x)
