@@ -190,7 +190,7 @@ def test_the_search_is_seen_by_nobody():
     with torch.inference_mode():
         other = Small(regression)
         other()
-    check(other)
+        check(other)
 
 
 def test_predictive_searches_once():
