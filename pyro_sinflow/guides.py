@@ -30,7 +30,7 @@ from .networks import MaskedNetwork
 from .transforms import Composition
 
 _LINEAR = 2  # the factor of the entries of A
-_LARGEST = 300  # variables, up to which there is a Laplace approximation
+_LARGEST = 200  # variables, up to which there is a Laplace approximation
 _DRAWS = 10_000  # for medians and quantiles
 
 # Pyro's default takes the median of 15 samples, which is inaccurate for wide priors.
@@ -52,7 +52,7 @@ class AutoLDU(AutoContinuous):
     and all else starts as the identity, so that optimizers work in units in which the posterior is
     nearly standard normal. If there is no mode, or if the guide has a higher ELBO at
     ``init_loc_fn`` with ``init_scale``, it starts there, with :math:`m = 0` and :math:`C = I`. It
-    also does with more than 300 variables, if the log-density is random (subsampled plates), or if
+    also does with more than 200 variables, if the log-density is random (subsampled plates), or if
     it cannot be differentiated twice. The search takes some hundred evaluations of the model.
 
     Optimizers such as Adam move each parameter by about the learning rate. Location and log-scales
