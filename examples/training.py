@@ -96,7 +96,7 @@ def fit(
             )
         for key, part in parts.items():
             part.load_state_dict(saved[key])
-        use_tensors(optimizer)
+        use_device(optimizer)
         step, best, best_step, weights = saved["progress"]
         torch.set_rng_state(saved["random"])
         begin -= saved["seconds"]
@@ -146,7 +146,7 @@ def afford(
     If there is a checkpoint, its number of steps is returned.
     """
     if checkpoint.exists():
-        return torch.load(checkpoint, weights_only=True)["budget"]["steps"]
+        return torch.load(checkpoint, map_location="cpu", weights_only=True)["budget"]["steps"]
     flow, trial = make(data.train.shape[1]), replace(budget, steps=30, every=30)
     # The shortest of several processor times, so that other jobs affect it less.
     times = timeit.repeat(
@@ -195,14 +195,14 @@ def tune(
 
 def restore(flow: Flow, checkpoint: Path) -> Flow:
     """Loads the weights that validated best from a checkpoint into a flow."""
-    *_, weights = torch.load(checkpoint, weights_only=True)["progress"]
+    *_, weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["progress"]
     flow.load_state_dict(weights)
     return flow
 
 
 def spent(checkpoint: Path) -> float:
     """Returns the total processor time of the fit of a checkpoint."""
-    return torch.load(checkpoint, weights_only=True)["seconds"]
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)["seconds"]
 
 
 def passes(name: str, flow: Flow, batches: int, size: int) -> list[int]:
@@ -222,18 +222,21 @@ def adamw(parameters: Iterable[Any], lr: float, weight_decay: float = 0.0) -> to
         weight_decay: The weight decay.
     """
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
-    for group in optimizer.param_groups:
-        # A graph repeats its kernels, so that the GPU has to count the steps.
-        group["capturable"] = group["params"][0].is_cuda
-    use_tensors(optimizer)
+    use_device(optimizer)
     return optimizer
 
 
-def use_tensors(optimizer: torch.optim.Optimizer) -> None:
-    """Puts learning rates into tensors on the GPU, where a graph reads them in each step."""
+def use_device(optimizer: torch.optim.Optimizer) -> None:
+    """Lets an optimizer count its steps, and read learning rates, on the device of its parameters.
+
+    A CUDA graph repeats its kernels, so that numbers of Python would stay constant.
+    """
     for group in optimizer.param_groups:
-        if group["params"][0].is_cuda:
-            group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
+        device, lr = group["params"][0].device, float(group["lr"])
+        group["capturable"] = device.type == "cuda"
+        group["lr"] = torch.tensor(lr, device=device) if group["capturable"] else lr
+        for state in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
+            state["step"] = state["step"].to(device)
 
 
 def likelihood_step(

@@ -188,11 +188,11 @@ class FrozenInverse:
 
     def _find_kernel(self, shapes: Sequence[Sequence[int]]) -> Callable[..., Tensor] | None:
         """Returns the kernel that inverts this map, or None if there is none."""
-        module = substitution_kernel(self.y)
         form, schedule = affine_chain(self.univariate, shapes), self.stages.schedule
-        if module is None or form is None or schedule is None:
+        if form is None or schedule is None or schedule.known.device != self.y.device:
             return None
-        return partial(module.substitute, schedule=schedule, form=form)
+        module = substitution_kernel(self.y)
+        return None if module is None else partial(module.substitute, schedule=schedule, form=form)
 
     @property
     def is_sequential(self) -> bool:
@@ -264,9 +264,12 @@ def affine_chain(
     if univariate is AdditiveTransform and not options and shapes == [()]:
         return AffineChain()
     if univariate is MonotonicAffineTransform and options.keys() <= {"slope"}:
-        return AffineChain(-log(options.get("slope", 1e-3))) if shapes == [(), ()] else None
+        return AffineChain(abs(log(options.get("slope", 1e-3)))) if shapes == [(), ()] else None
     make = vars(univariate).get("affine_chain")  # not that of a base class
-    return None if make is None else make.__func__(shapes, **options)
+    try:
+        return None if make is None else make.__func__(shapes, **options)
+    except TypeError:  # an option that the kernel does not know
+        return None
 
 
 def name_of(function: Any) -> str:

@@ -257,9 +257,11 @@ class AffineSinusoids(Composition):
     @staticmethod
     def affine_chain(
         shapes: Sequence[Sequence[int]], max_scale: float, min_slope: float, solver: Solver
-    ) -> AffineChain:
+    ) -> AffineChain | None:
         """Returns the options of the kernel that inverts maps of this class."""
-        m, size = shapes[2]
+        *affine, (m, size) = shapes
+        if affine != [(), ()] or size % 3 != 1:  # sinusoids may have shifts
+            return None
         return AffineChain(math.log(max_scale), 1.0, (m, size // 3), min_slope, solver)
 
 

@@ -53,7 +53,8 @@ class AutoLDU(AutoContinuous):
     nearly standard normal. If there is no mode, or if the guide has a higher ELBO at
     ``init_loc_fn`` with ``init_scale``, it starts there, with :math:`m = 0` and :math:`C = I`. It
     also does with more than 200 variables, if the log-density is random (subsampled plates), or if
-    it cannot be differentiated twice. The search takes some hundred evaluations of the model.
+    it cannot be differentiated twice. The search takes as long as some tens of steps for ten
+    variables, and some hundreds for two hundred.
 
     Optimizers such as Adam move each parameter by about the learning rate. Location and log-scales
     are parametrized so that they move by ten times as much. A learning rate that decays from 0.01
@@ -126,7 +127,11 @@ class AutoLDU(AutoContinuous):
         }
         ConditionalLDU(2, **self._options)  # checks the options before the model is run
         super().__init__(model, init_loc_fn=init_loc_fn)
-        self._plain_model = (model,)  # without init_loc_fn, and not as a submodule
+        self._plain_model: Any = (model,)  # until the first call; without init_loc_fn
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._plain_model = None  # as Pyro leaves out the model
+        return super().__getstate__()
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -143,13 +148,14 @@ class AutoLDU(AutoContinuous):
             affine[1] = math.log(self._init_scale) / FASTER
             if len(loc) <= _LARGEST:
                 whitening = torch.eye(len(loc) + 1, len(loc)).roll(1, 0)
+        self._plain_model = None
         self.flow = _Flow(blocks, affine, whitening).to(loc)
         self._check_store()
         self._take_stored()
 
     def _find_whitening(self, loc: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Returns m, in the first row, and C, or None if the guide does not start from a mode."""
-        name = param_with_module_name(self._pyro_get_fullname("flow"), "whitening")
+        """Returns m, in the first row, and C, or None if the guide does not start at a mode."""
+        name = param_with_module_name(self._pyro_get_fullname("flow"), "affine")
         if not self._starts or len(loc) > _LARGEST or name in pyro.get_param_store():
             return None
         if not can_branch_on(loc):
@@ -161,10 +167,11 @@ class AutoLDU(AutoContinuous):
                 transform = biject_to(site["fn"].support)
                 values[site["name"]] = value = transform(free)
                 total = total + transform.log_abs_det_jacobian(free, value).sum()
-            model = poutine.condition(self._plain_model[0], data=values)
+            conditioned = poutine.condition(model, data=values)
             with poutine.block():  # nobody else sees this run of the model
-                return total + poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum()
+                return total + poutine.trace(conditioned).get_trace(*args, **kwargs).log_prob_sum()
 
+        (model,) = self._plain_model
         default = loc, self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
         best = best_normal(log_density, default, self._starts)
         return None if best is default else torch.cat((best[0][None], best[1]))
@@ -183,22 +190,10 @@ class AutoLDU(AutoContinuous):
                     )
 
     def _check_store(self) -> None:
-        """Requires that Pyro's store has all parameters of this guide, with their shapes, or none.
-
-        Weights of version 0.3 lack ``whitening``, without which they have another meaning.
-        """
+        """Requires that the parameters in Pyro's store have the shapes of this guide."""
         store, prefix = pyro.get_param_store(), self._pyro_get_fullname("flow")
-        parameters = {
-            param_with_module_name(prefix, key): parameter
-            for key, parameter in self._flow().named_parameters()
-        }
-        missing = [name for name in parameters if name not in store]
-        if missing and len(missing) < len(parameters):
-            raise ValueError(
-                f"Pyro's parameter store has some parameters of this guide, but not '{missing[0]}'."
-                " If they belong to another guide, call 'pyro.clear_param_store()' first."
-            )
-        for name, parameter in parameters.items():
+        for key, parameter in self._flow().named_parameters():
+            name = param_with_module_name(prefix, key)
             if name in store and store[name].shape != parameter.shape:
                 raise ValueError(
                     f"Pyro's parameter store has '{name}' of shape {tuple(store[name].shape)}, "
@@ -229,6 +224,11 @@ class AutoLDU(AutoContinuous):
         if name in store and store[name] is not flow.affine:
             self._check_store()
         pyro.module(prefix, flow, update_module_params=True)
+        if flow.whitening is not None:  # in the store, but not a site that optimizers see
+            name = param_with_module_name(prefix, "whitening")
+            stored = store.setdefault(name, flow.whitening.clone)
+            if stored.data_ptr() != flow.whitening.data_ptr():  # a trace must not record it
+                flow.whitening = stored.detach()
 
     def _flow(self) -> _Flow:
         """Returns the module that owns the parameters.
@@ -256,7 +256,7 @@ class AutoLDU(AutoContinuous):
         scale = log_scale.exp()
         matrix_a = scale.diag() + _LINEAR * scale * matrix.tril(-1)
         if flow.whitening is not None:
-            whitening = at_least_float32(flow.whitening.detach())
+            whitening = at_least_float32(flow.whitening)
             loc = torch.addmv(whitening[0], whitening[1:], loc)
             matrix_a = whitening[1:] @ matrix_a
         affine = _Affine(loc, matrix_a)
@@ -307,10 +307,9 @@ class AutoLDU(AutoContinuous):
 
 
 class _Flow(nn.Module):
-    """The parameters of a guide: those of the blocks, and of the affine maps around them.
+    """The parameters of a guide: those of the blocks, and of the affine maps around them."""
 
-    ``whitening`` is not trained. It is a parameter so that Pyro's store keeps it with the others.
-    """
+    whitening: Tensor | None
 
     def __init__(
         self, blocks: Sequence[ConditionalLDU], affine: Tensor, whitening: Tensor | None
@@ -318,7 +317,7 @@ class _Flow(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.affine = nn.Parameter(affine)
-        self.whitening = None if whitening is None else nn.Parameter(whitening)
+        self.register_buffer("whitening", whitening)
 
 
 def _announce(name: str, parameter: Tensor) -> None:

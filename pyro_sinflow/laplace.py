@@ -39,8 +39,7 @@ def best_normal(log_density: LogDensity, default: Normal, starts: int) -> Normal
     loc, _ = default
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # Pyro warns of densities that are not finite
-        first, second = _value(log_density, loc), _value(log_density, loc)
-        if abs(first - second) > 1e-4 * (1 + abs(first)):
+        if _is_random(log_density, loc):
             return default
         points = loc.new_empty(_POINTS, len(loc)).uniform_(-2, 2)
         values = torch.tensor([_value(log_density, x) for x in points])
@@ -93,6 +92,18 @@ def approximate(log_density: LogDensity, x: Tensor) -> Normal | None:
     return None if quadratic is None else quadratic.normal(x)
 
 
+def _is_random(log_density: LogDensity, x: Tensor) -> bool:
+    """Whether a log-density draws random numbers, or changes from one evaluation to the next."""
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])]
+
+    before = states()
+    first, second = _value(log_density, x), _value(log_density, x)
+    drawn = not all(map(torch.equal, before, states()))
+    return drawn or abs(first - second) > 1e-5 * (1 + abs(first))  # sums on a GPU may vary
+
+
 def _value(log_density: LogDensity, x: Tensor) -> float:
     """Returns the log-density, or NaN where there is none."""
     try:
@@ -123,17 +134,17 @@ class _Quadratic(NamedTuple):
                     )[0]
                     for part in eye.split(_ROWS)
                 ]
+            hessian = -torch.cat(rows).detach().cpu().double()
+            unit = hessian.diagonal().abs().rsqrt()
+            unit = unit.where(unit.isfinite(), 1.0)
+            hessian = unit[:, None] * hessian * unit
+            values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
         except Exception:  # some densities cannot be differentiated twice
             return None
-        hessian = -torch.cat(rows).detach().cpu().double()
-        gradient = gradient.detach().cpu().double()
-        if not bool(hessian.isfinite().all() & gradient.isfinite().all()):
+        gradient = vectors.mT @ (unit * gradient.detach().cpu().double())
+        if not bool(values.isfinite().all() & gradient.isfinite().all()):
             return None
-        unit = hessian.diagonal().abs().rsqrt()
-        unit = unit.where(unit.isfinite(), 1.0)
-        hessian = unit[:, None] * hessian * unit
-        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-        return cls(unit, vectors.mT @ (unit * gradient), values, vectors)
+        return cls(unit, gradient, values, vectors)
 
     def step(self, damping: float) -> Tensor:
         """Returns a damped step of Newton's method."""
@@ -148,5 +159,5 @@ class _Quadratic(NamedTuple):
         if (self.gradient.square() / self.eigenvalues).sum() > _DISTANCE**2:
             return None
         root = self.unit[:, None] * self.eigenvectors / self.eigenvalues.sqrt()
-        loc = x.detach() + self.step(0.0).to(x)
-        return loc, torch.linalg.cholesky(root @ root.mT).to(x)
+        scale, failed = torch.linalg.cholesky_ex(root @ root.mT)
+        return None if failed else (x.detach() + self.step(0.0).to(x), scale.to(x))

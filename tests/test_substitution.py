@@ -66,6 +66,7 @@ MAPS = {
     "slope": lambda: triangular(
         partial(MonotonicAffineTransform, slope=0.1), [(), ()], activation=nn.Tanh
     ),
+    "slope above 1": lambda: triangular(partial(MonotonicAffineTransform, slope=10.0), [(), ()]),
     "sinusoids": lambda: triangular(SINUSOIDS, [(), (), (2, 10)], order=[2, 0, 3, 1]),
     "one sinusoid": lambda: triangular(SINUSOIDS, [(), (), (1, 4)], hidden_features=(7,)),
     "deep": lambda: triangular(Affine, [(), ()], hidden_features=(5, 8, 6, 7)),
@@ -262,6 +263,9 @@ class Swapped(Affine):
         (Swapped, [(), ()], False),
         (partial(Affine, 0.0), [()], False),
         (Affine, [()], False),
+        (partial(Affine, scale=0.5), [()], False),
+        (SINUSOIDS, [(), (), (2, 10)], True),
+        (SINUSOIDS, [(), (), (2, 11)], False),  # with shifts
         (partial(MonotonicAffineTransform, cache_size=1), [(), ()], False),
         (zuko.transforms.MonotonicRQSTransform, [(8,), (8,), (7,)], False),
     ],
@@ -301,6 +305,8 @@ def test_it_compiles(
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     code = triton.compile(source, target=target).asm
     assert code["cubin"]
+    # A minimum drops NaN, which would become an activation that is finite.
+    assert activation != "ELU" or "min.f" not in code["ptx"]
     # Each layer, and each feature, ends with a barrier, so that all threads see what was stored.
     assert code["ttgir"].count("barrier all") == 2
 

@@ -23,7 +23,7 @@ from ..solvers import Root, report
 from . import AffineChain, Schedule
 from .triton import _constrain, _expm1, _solve, _tanh
 
-_MEMORY = 2**26  # numbers in the matrix of features and hidden units, for one launch
+_MEMORY = 2**26  # features, units and outputs of all rows of a launch
 _UNITS = 8  # units that a program computes at a time
 _TILE = 512  # inputs times rows of a step
 
@@ -54,7 +54,7 @@ def _activate(h, kind: tl.constexpr):
     elif kind == "SiLU":
         return h / (1 + tl.exp(-h))
     else:
-        return tl.where(h > 0, h, _expm1(tl.minimum(h, 0.0)))
+        return tl.where(h < 0, _expm1(h), h)  # NaN stays NaN
 
 
 @triton.jit(do_not_specialize=["rows", "features", "layers"])
@@ -158,7 +158,7 @@ def substitute(
     context = layers[0][1]
     has_context = context.shape[1] > 1
     inputs = sum(weight.shape[1] for weight, _ in layers)
-    length = max(1, _MEMORY // inputs)
+    length = max(1, _MEMORY // (inputs + len(layers[-1][0])))
     block = 16 if rows <= 2048 else 32
     constants = _constants(form, torch.finfo(y.dtype))
     outputs = len(layers[-1][0]) // features
