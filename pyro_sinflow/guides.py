@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
 from . import _validate as check
-from ._torch import can_branch_on
+from ._torch import can_branch_on, without_autocast
 from .bijection import at_least_float32
 from .block import ConditionalLDU
 from .element_wise import FASTER
@@ -30,7 +30,7 @@ from .networks import MaskedNetwork
 from .transforms import Composition
 
 _LINEAR = 2  # the factor of the entries of A
-_LARGEST = 200  # variables, up to which there is a Laplace approximation
+_LARGEST = 100  # variables, up to which there is a Laplace approximation
 _DRAWS = 10_000  # for medians and quantiles
 
 # Pyro's default takes the median of 15 samples, which is inaccurate for wide priors.
@@ -52,9 +52,9 @@ class AutoLDU(AutoContinuous):
     and all else starts as the identity, so that optimizers work in units in which the posterior is
     nearly standard normal. If there is no mode, or if the guide has a higher ELBO at
     ``init_loc_fn`` with ``init_scale``, it starts there, with :math:`m = 0` and :math:`C = I`. It
-    also does with more than 200 variables, if the log-density is random (subsampled plates), or if
-    it cannot be differentiated twice. The search takes as long as some tens of steps for ten
-    variables, and some hundreds for two hundred.
+    also does with more than 100 variables, if the log-density is random (subsampled plates), or if
+    it cannot be differentiated twice. The search takes as long as a hundred steps or so for ten
+    variables, and up to two thousand for a hundred.
 
     Optimizers such as Adam move each parameter by about the learning rate. Location and log-scales
     are parametrized so that they move by ten times as much. A learning rate that decays from 0.01
@@ -103,7 +103,7 @@ class AutoLDU(AutoContinuous):
         init_loc_fn: Callable[..., Any] = _init_to_median,
         init_scale: float = 0.1,
         *,
-        starts: int = 4,
+        starts: int = 8,
         blocks: int = 1,
         sinusoids: int = 4,
         components: int = 4,
@@ -257,8 +257,9 @@ class AutoLDU(AutoContinuous):
         matrix_a = scale.diag() + _LINEAR * scale * matrix.tril(-1)
         if flow.whitening is not None:
             whitening = at_least_float32(flow.whitening)
-            loc = torch.addmv(whitening[0], whitening[1:], loc)
-            matrix_a = whitening[1:] @ matrix_a
+            with without_autocast(loc):
+                loc = torch.addmv(whitening[0], whitening[1:], loc)
+                matrix_a = whitening[1:] @ matrix_a
         affine = _Affine(loc, matrix_a)
         parts = [part for block in flow.blocks for part in block.parts()]  # type: ignore[operator]
         return Composition(_Shear(matrix.triu(1)), *parts, affine, cache_size=1)

@@ -243,14 +243,14 @@ def test_weights_load_whether_or_not_there_was_a_search():
 def test_many_variables_start_at_the_initial_location():
     def model():
         CALLS.append(True)
-        pyro.sample("z", dist.Normal(torch.ones(201), 1.0).to_event(1))
+        pyro.sample("z", dist.Normal(torch.ones(101), 1.0).to_event(1))
 
     CALLS.clear()
     guide = Small(model)
     guide()
     assert len(CALLS) == 1
     assert guide.flow.whitening is None
-    assert guide.get_posterior().sample().shape == (201,)
+    assert guide.get_posterior().sample().shape == (101,)
 
 
 def test_a_posterior_with_a_mode_at_zero():
