@@ -43,7 +43,6 @@ from pyro.infer.autoguide import (
     AutoLaplaceApproximation,
     AutoMultivariateNormal,
 )
-from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
 from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size
@@ -62,8 +61,6 @@ GUIDES: dict[str, Callable[[Model], AutoContinuous]] = {
     "AutoMultivariateNormal": AutoMultivariateNormal,
     "AutoDiagonalNormal": AutoDiagonalNormal,
     "AutoLaplaceApproximation": AutoLaplaceApproximation,
-    # Starts as AutoIAFNormal does: at zero, and with a scale of one, in unconstrained space.
-    "AutoLDU, wide": partial(AutoLDU, init_loc_fn=init_to_feasible, init_scale=1.0),
 }
 HARDEST = ("eight_schools-eight_schools_noncentered", "kidiq-kidscore_interaction")
 SHOWN = ("AutoLDU", "AutoIAFNormal", "AutoMultivariateNormal")
