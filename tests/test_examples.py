@@ -227,6 +227,21 @@ def test_a_step_is_that_of_the_optimizer(training, conditioner, captured):
         assert found[i] == pytest.approx(float(value.detach()), rel=1e-4)
 
 
+def test_an_optimizer_of_a_gpu_continues_on_a_cpu(training):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizers = [training.adamw([parameter], 0.1) for _ in range(2)]
+    parameter.square().sum().backward()
+    optimizers[0].step()
+    state = optimizers[0].state_dict()
+    state["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(0.05)}
+    optimizers[1].load_state_dict(state)
+    training.use_device(optimizers[1])
+    before = parameter.detach().clone()
+    optimizers[1].step()
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(0.05)
+    assert torch.allclose(before - parameter, torch.tensor(0.05), atol=1e-3)
+
+
 def test_a_captured_step_is_taken_once_in_each_call(training, monkeypatch):
     """Stand-ins for what CUDA does: a capture runs nothing, and a replay runs what it recorded."""
     done, capturing = [], [False]
