@@ -214,21 +214,19 @@ class FrozenInverse:
         order = torch.cat(self.stages.stages)
         if self.kernel is not None:
             layers = frozen_weights(self.stages, self.c, ordered=True)
-            return self._restore(order, self.kernel(self.targets[:, order].t(), layers))
-        evaluation = StagedEvaluation(self.stages, self.c, self.rows)
-        x = self.targets.new_empty(0, self.rows)
-        parts = []
-        for targets in self.targets[:, order].split(
-            [len(s) for s in self.stages.stages[1:]], dim=1
-        ):
-            h = evaluation.advance(x).view(targets.shape[1], -1, self.rows).permute(2, 0, 1)
-            tau = self.univariate(*self.split(h))
-            x = (tau._inverse(targets) if isinstance(tau, Bijection) else tau.inv(targets)).t()
-            parts.append(x)
-        return self._restore(order, torch.cat(parts))
-
-    def _restore(self, order: Tensor, x: Tensor) -> Tensor:
-        """Returns features, with shape (features, rows), in their own order and the shape of y."""
+            x = self.kernel(self.targets[:, order].t(), layers)
+        else:
+            evaluation = StagedEvaluation(self.stages, self.c, self.rows)
+            x = self.targets.new_empty(0, self.rows)
+            parts = []
+            for targets in self.targets[:, order].split(
+                [len(s) for s in self.stages.stages[1:]], dim=1
+            ):
+                h = evaluation.advance(x).view(targets.shape[1], -1, self.rows).permute(2, 0, 1)
+                tau = self.univariate(*self.split(h))
+                x = (tau._inverse(targets) if isinstance(tau, Bijection) else tau.inv(targets)).t()
+                parts.append(x)
+            x = torch.cat(parts)
         return torch.empty_like(x).index_copy_(0, order, x).t().reshape(self.y.shape)
 
 
