@@ -37,6 +37,10 @@ class Data(NamedTuple):
     mean: Tensor
     std: Tensor
 
+    def to(self, device: torch.device) -> Data:
+        """Returns the data on a device."""
+        return Data(*(part.to(device) for part in self))
+
     def restore(self, x: Tensor) -> Tensor:
         """Returns standardized rows in their original units."""
         return x * self.std + self.mean

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    data = Data(*(part.to(device) for part in patches(args.seed)))
+    data = patches(args.seed).to(device)
     flow = SinusoidalFlow(
         data.train.shape[1],
         transforms=args.blocks,

@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, dict[str, Any]] = {}
     for name in args.data:
         data, preset, unit = load(name, archive, args.data_root)
-        data = Data(*(part.to(args.device) for part in data))
+        data = data.to(args.device)
         for flow in args.flows:
             results[f"{name}, {flow}"] = run(f"{name}, {flow}", FLOWS[flow], data, preset, args)
             results[f"{name}, {flow}"]["score"] -= float(unit)

@@ -88,7 +88,7 @@ def fit(
     step, best, best_step, weights = 0, -math.inf, 0, copy.deepcopy(flow.state_dict())
     begin = time.process_time()
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        saved = read(checkpoint)
         if saved["budget"] != asdict(budget):
             raise ValueError(
                 f"'{checkpoint}' should have the budget {asdict(budget)}, got {saved['budget']}: "
@@ -146,7 +146,7 @@ def afford(
     If there is a checkpoint, its number of steps is returned.
     """
     if checkpoint.exists():
-        return torch.load(checkpoint, map_location="cpu", weights_only=True)["budget"]["steps"]
+        return read(checkpoint)["budget"]["steps"]
     flow, trial = make(data.train.shape[1]), replace(budget, steps=30, every=30)
     # The shortest of several processor times, so that other jobs affect it less.
     times = timeit.repeat(
@@ -193,16 +193,21 @@ def tune(
     return results
 
 
+def read(checkpoint: Path) -> dict[str, Any]:
+    """Reads a checkpoint, which may come from another device."""
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)
+
+
 def restore(flow: Flow, checkpoint: Path) -> Flow:
     """Loads the weights that validated best from a checkpoint into a flow."""
-    *_, weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["progress"]
+    *_, weights = read(checkpoint)["progress"]
     flow.load_state_dict(weights)
     return flow
 
 
 def spent(checkpoint: Path) -> float:
     """Returns the total processor time of the fit of a checkpoint."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)["seconds"]
+    return read(checkpoint)["seconds"]
 
 
 def passes(name: str, flow: Flow, batches: int, size: int) -> list[int]:

@@ -263,9 +263,11 @@ def affine_chain(
         return AffineChain()
     if univariate is MonotonicAffineTransform and options.keys() <= {"slope"}:
         return AffineChain(abs(log(options.get("slope", 1e-3)))) if shapes == [(), ()] else None
-    make = vars(univariate).get("affine_chain")  # not that of a base class
+    if "affine_chain" not in vars(univariate):  # that of a base class does not count
+        return None
+    make: Any = univariate
     try:
-        return None if make is None else make.__func__(shapes, **options)
+        return make.affine_chain(shapes, **options)
     except TypeError:  # an option that the kernel does not know
         return None
 

@@ -147,7 +147,7 @@ class AutoLDU(AutoContinuous):
             affine[0] = loc / FASTER
             affine[1] = math.log(self._init_scale) / FASTER
             if len(loc) <= _LARGEST:
-                whitening = torch.eye(len(loc) + 1, len(loc)).roll(1, 0)
+                whitening = nn.functional.pad(torch.eye(len(loc)), (0, 0, 1, 0))  # m = 0, C = I
         self._plain_model = None
         self.flow = _Flow(blocks, affine, whitening).to(loc)
         self._check_store()

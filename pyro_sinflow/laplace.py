@@ -79,12 +79,13 @@ def approximate(log_density: LogDensity, x: Tensor) -> Normal | None:
     for _ in range(_STEPS):
         if (quadratic := _Quadratic.at(log_density, x)) is None:
             return None
-        new = x + quadratic.step(damping).to(x)
-        while not (new_value := _value(log_density, new)) >= value:  # NaN is not
+        while True:
+            new = x + quadratic.step(damping).to(x)
+            if (new_value := _value(log_density, new)) >= value:  # NaN is not
+                break
             damping *= 8
             if damping > _DAMPING:
                 return quadratic.normal(x)
-            new = x + quadratic.step(damping).to(x)
         gain, x, value, damping = new_value - value, new, new_value, damping / 8
         if gain < _GAIN and damping < 1 and quadratic.eigenvalues.min() > 0:
             break

@@ -238,7 +238,7 @@ class WholeEvaluation:
 
     def __init__(self, stages: Stages, c: Tensor | None) -> None:
         self.operations = stages.operations
-        self.layers = [(w.t(), b.t()) for w, b in frozen_weights(stages, c, False)]
+        self.layers = [(w.t(), b.t()) for w, b in frozen_weights(stages, c, ordered=False)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the outputs, with shape (N, outputs), at x, with shape (N, D)."""

@@ -289,7 +289,7 @@ def test_a_fit_on_a_gpu_is_that_on_a_cpu(training, tmp_path):
         torch.manual_seed(0)
         flow = SinusoidalFlow(3, transforms=2, hidden_features=(8,)).to(device)
         budget = training.Budget(20, batch=16, every=10, lr=1e-3)
-        here = training.Data(*(part.to(device) for part in data))
+        here = data.to(torch.device(device))
         for _ in range(2):  # the second reads the checkpoint
             fitted = training.fit("fit", flow, here, budget, tmp_path / f"{device}.pt")
         weights.append([*fitted.cpu().parameters()])

@@ -3,7 +3,6 @@
 `test_triton.py` runs this file in the process that interprets.
 """
 
-import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import zuko
 from test_devices import NoReads
+from test_triton import INTERPRETED, INTERPRETER, ON_GPU, compiled
 from torch import nn
 from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
 
@@ -30,19 +30,8 @@ from pyro_sinflow import (
 from pyro_sinflow.autoregressive import affine_chain
 from pyro_sinflow.element_wise import Affine
 from pyro_sinflow.flows import AffineSinusoids
+from pyro_sinflow.kernels import substitution as gpu
 
-triton = pytest.importorskip("triton")
-if [*map(int, triton.__version__.split(".")[:2])] < [3, 4]:
-    pytest.skip("the interpreter of this version lacks operations", allow_module_level=True)
-
-from pyro_sinflow.kernels import substitution as gpu  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_triton.py")
 SINUSOIDS = partial(AffineSinusoids, max_scale=3.0, min_slope=1e-3, solver=Solver())
 ADJACENCY = [[1, 0, 0, 0, 1], [1, 1, 0, 0, 0], [1, 0, 1, 0, 1], [0, 1, 0, 1, 1]]
 
@@ -309,9 +298,7 @@ def test_it_compiles(
         name: "constexpr" if name in constants else kinds.get(name, f"*{dtype}")
         for name in gpu._substitute.arg_names
     }
-    source = triton.compiler.ASTSource(gpu._substitute, signature, constants)
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    code = triton.compile(source, target=target).asm
+    code = compiled(gpu._substitute, signature, constants)
     assert code["cubin"]
     # A minimum drops NaN, which would become an activation that is finite.
     assert activation != "ELU" or "min.f" not in code["ptx"]

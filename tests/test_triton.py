@@ -271,6 +271,13 @@ def test_which_tensors_take_kernels(monkeypatch):
     assert kernels._triton(tensor(dtype=torch.half), tensor(dtype=torch.half)) is None
 
 
+def compiled(kernel, signature, constants):
+    """What the compiler makes of a kernel for a GPU, which takes no GPU."""
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target).asm
+
+
 KERNELS = {
     "forward": (gpu._forward, {"save": 1}),
     "backward": (gpu._backward, {"small": 1e-4}),
@@ -283,7 +290,7 @@ KERNELS = {
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile(name, dtype, own, has_shift, block, count, tmp_path, monkeypatch):
-    """What the interpreter lets pass need not compile; this takes no GPU."""
+    """What the interpreter lets pass need not compile."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, more = KERNELS[name]
     constants = {
@@ -294,9 +301,7 @@ def test_kernels_compile(name, dtype, own, has_shift, block, count, tmp_path, mo
     for argument in kernel.arg_names:
         number = "i64" if argument in ("rows", "period") else f"*{dtype}"
         signature[argument] = "constexpr" if argument in constants else number
-    source = triton.compiler.ASTSource(kernel, signature, constants)
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    code = triton.compile(source, target=target).asm
+    code = compiled(kernel, signature, constants)
     assert code["cubin"]
     if dtype == "fp64":  # constants keep their digits
         assert "0d" + struct.pack(">d", 0.9).hex().upper() in code["ptx"]

@@ -10,7 +10,6 @@ The import of this module fails if Triton is not installed, or too old.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -18,10 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._torch import can_branch_on
-from ..sinusoid import bound
 from ..solvers import Root, report
 from . import AffineChain, Schedule
-from .triton import _constrain, _expm1, _solve, _tanh
+from .triton import _constrain, _expm1, _solve, _tanh, chain_constants, solver_constants
 
 _MEMORY = 2**26  # features, units and outputs of all rows of a launch
 _UNITS = 8  # units that a program computes at a time
@@ -160,7 +158,12 @@ def substitute(
     inputs = sum(weight.shape[1] for weight, _ in layers)
     length = max(1, _MEMORY // (inputs + len(layers[-1][0])))
     block = 16 if rows <= 2048 else 32
-    constants = _constants(form, torch.finfo(y.dtype))
+    constants = {
+        **chain_constants(*form.sinusoids, form.min_slope, y.dtype),
+        **solver_constants(form.solver, y.dtype),
+        "log_max": form.log_max,
+        "rate": form.rate,
+    }
     outputs = len(layers[-1][0]) // features
     roots, reports = [], []
     for begin in range(0, rows, length):
@@ -184,25 +187,6 @@ def substitute(
         found_roots = form.sinusoids[0] * [Root(x, int(iterations), worst)]
         report(found_roots, x.numel(), form.solver, torch.finfo(y.dtype).eps)
     return x
-
-
-def _constants(form: AffineChain, info: torch.finfo) -> dict[str, Any]:
-    """Returns the constants that an element-wise map compiles into the kernel."""
-    m, count = form.sinusoids
-    banach = form.solver.method == "banach"
-    return {
-        "log_max": form.log_max,
-        "rate": form.rate,
-        "m": m,
-        "count": count,
-        "width": triton.next_power_of_2(count),
-        "limit": bound(form.min_slope, info.eps),
-        "smallest": info.tiny**0.5,
-        "eps": info.eps,
-        "aim": form.solver.tolerances(info.eps)[0],
-        "max_iter": form.solver.max_iter or (100 if banach else 200),
-        "banach": banach,
-    }
 
 
 def probe(device: torch.device) -> None:

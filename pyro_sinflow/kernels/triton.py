@@ -303,6 +303,29 @@ def _invert(
     tl.store(at + 1, tl.max(most, axis=0).to(x.dtype))
 
 
+def chain_constants(m: int, count: int, min_slope: float, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the constants of a chain of m sinusoids that are compiled into kernels."""
+    info = torch.finfo(dtype)
+    return {
+        "m": m,
+        "count": count,
+        "width": triton.next_power_of_2(count),
+        "limit": bound(min_slope, info.eps),
+        "smallest": info.tiny**0.5,
+    }
+
+
+def solver_constants(solver: Solver, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the constants of a solver that are compiled into kernels."""
+    eps, banach = torch.finfo(dtype).eps, solver.method == "banach"
+    return {
+        "eps": eps,
+        "aim": solver.tolerances(eps)[0],
+        "max_iter": solver.max_iter or (100 if banach else 200),
+        "banach": banach,
+    }
+
+
 def _plan(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[int, dict[str, Any]]:
     """Returns the number of programs, and the arguments that all kernels share.
 
@@ -317,15 +340,10 @@ def _plan(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[int, dict[st
     block = max(1, _TILE // width)
     if 8 * rows <= block:
         block //= 8
-    info = torch.finfo(x.dtype)
     constants = {
+        **chain_constants(m, count, min_slope, x.dtype),
         "rows": rows,
         "period": period,
-        "m": m,
-        "count": count,
-        "width": width,
-        "limit": bound(min_slope, info.eps),
-        "smallest": info.tiny**0.5,
         "has_shift": int(rest == 2),
         "own": own,
         "block": block,
@@ -381,13 +399,11 @@ def invert(
     """
     y, parameters = y.contiguous(), parameters.contiguous()
     programs, constants = _plan(y, parameters, min_slope)
-    eps, banach = torch.finfo(y.dtype).eps, solver.method == "banach"
     x, found = torch.empty_like(y), y.new_empty(programs, 2)
     with torch.cuda.device_of(y):
         _invert[(programs,)](
-            y, parameters, x, found, eps=eps, aim=solver.tolerances(eps)[0],
-            max_iter=solver.max_iter or (100 if banach else 200), banach=banach, **constants,
-        )  # fmt: skip
+            y, parameters, x, found, **solver_constants(solver, y.dtype), **constants
+        )
     if not can_branch_on(y):
         return x, []
     worst, iterations = found.amax(0).tolist()
