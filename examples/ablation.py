@@ -160,6 +160,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "twice the learning rate": {"lr": 1.2e-2},
     "no clipping of gradients": {"clip": math.inf},
     "weight decay 0.1": {"weight_decay": 0.1},
+    "averaged weights": {"average": 0.99},
 }
 
 

@@ -17,10 +17,11 @@ from statistics import median
 import pyro
 import torch
 from data import Data, patches
+from steps import adamw, captured, likelihood_step
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import trange
-from training import adamw, arguments, captured, evaluate, likelihood_step, print_table
+from training import arguments, evaluate, print_table
 
 from pyro_sinflow import SinusoidalFlow
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import pyro
 import torch
 from data import Data
 from pyro.infer import ELBO, MCMC, NUTS, SVI
 from pyro.optim import ClippedAdam
-from torch import Tensor, nn
+from steps import adamw, captured, likelihood_step, use_device
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm, trange
 from zuko.lazy import Flow
 
@@ -39,6 +40,8 @@ class Budget:
         every: The number of steps from one validation to the next.
         patience: The number of steps without a better validation score after which the fit stops.
         clip: The largest norm of a gradient; longer ones are scaled down to it.
+        average: The decay of an exponential moving average of the weights, which then takes their
+            place in validation and in the result, or zero for none.
     """
 
     steps: int
@@ -48,6 +51,7 @@ class Budget:
     every: int = 50
     patience: float = math.inf
     clip: float = 10.0
+    average: float = 0.0
 
 
 def fit(
@@ -85,7 +89,11 @@ def fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     validation = data.validation[:: max(len(data.validation) // 2000, 1)]
     parts = {"flow": flow, "optimizer": optimizer, "schedule": schedule}
-    step, best, best_step, weights = 0, -math.inf, 0, copy.deepcopy(flow.state_dict())
+    result = flow
+    if budget.average:
+        averaged = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(budget.average))
+        parts["averaged"], result = averaged, averaged.module
+    step, best, best_step, weights = 0, -math.inf, 0, copy.deepcopy(result.state_dict())
     begin = time.process_time()
     if checkpoint is not None and checkpoint.exists():
         saved = read(checkpoint)
@@ -112,14 +120,16 @@ def fit(
             batch.copy_(data.train[rows.to(batch.device)])
             flow.train()
             take()
+            if budget.average:
+                averaged.update_parameters(flow)
             schedule.step()
             step += 1
             bar.update()
             if step % budget.every and step < budget.steps:
                 continue
-            score, _ = evaluate(flow, validation)
+            score, _ = evaluate(result, validation)
             if score > best:
-                best, best_step, weights = score, step, copy.deepcopy(flow.state_dict())
+                best, best_step, weights = score, step, copy.deepcopy(result.state_dict())
             bar.set_postfix(validation=f"{score:.2f}")
             if checkpoint is not None:
                 saved = {key: part.state_dict() for key, part in parts.items()}
@@ -216,98 +226,6 @@ def passes(name: str, flow: Flow, batches: int, size: int) -> list[int]:
         for _ in trange(batches, desc=name):
             flow().sample((size,))
     return [i.iterations for i in inversions if i.problem == "triangular"]
-
-
-def adamw(parameters: Iterable[Any], lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """Returns an optimizer whose steps a CUDA graph can capture, if its parameters are on a GPU.
-
-    Args:
-        parameters: The parameters, or groups of them.
-        lr: The initial learning rate. A scheduler of torch can change it.
-        weight_decay: The weight decay.
-    """
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
-    use_device(optimizer)
-    return optimizer
-
-
-def use_device(optimizer: torch.optim.Optimizer) -> None:
-    """Lets an optimizer count its steps, and read learning rates, on the device of its parameters.
-
-    A CUDA graph repeats its kernels, so that numbers of Python would stay constant.
-    """
-    for group in optimizer.param_groups:
-        device, lr = group["params"][0].device, float(group["lr"])
-        group["capturable"] = device.type == "cuda"
-        group["lr"] = torch.tensor(lr, device=device) if group["capturable"] else lr
-        for state in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
-            state["step"] = state["step"].to(device)
-
-
-def likelihood_step(
-    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], clip: float = 10.0
-) -> Callable[[], Tensor]:
-    """Returns a step of maximum likelihood that a CUDA graph can capture.
-
-    Args:
-        optimizer: The optimizer.
-        loss: A function that returns the loss of the current batch. It reads the batch from the
-            same tensor each time.
-        clip: The largest norm of the gradient.
-
-    Returns:
-        A function that takes a step and returns the loss before it.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)  # so that the graph overwrites the gradients
-        value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, clip)  # does not wait for the device
-        optimizer.step()
-        return value.detach()  # a graph that outlives the step would keep its stream
-
-    return step
-
-
-def captured(step: Callable[[], Tensor], warm_up: int = 3) -> Callable[[], Tensor]:
-    """Captures a step in a CUDA graph, which launches all of its kernels at once.
-
-    The tensors of the step must stay in the same memory. Validation is off during the step, because
-    a graph cannot read values.
-
-    Args:
-        step: The step, which returns a tensor.
-        warm_up: The number of steps before the capture, at least one.
-
-    Returns:
-        A function that takes a step. Once the graph is captured, it returns the same tensor each
-        time, with a new value.
-    """
-    # A capture needs a stream other than the default one, and the warm-up takes the same stream.
-    # The warm-up compiles Triton's kernels and allocates the workspaces of cuBLAS and the state of
-    # the optimizer, which is not possible during a capture.
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    taken, result = 0, torch.empty(0)
-
-    def take() -> Tensor:
-        nonlocal taken, result
-        taken += 1
-        with pyro.validation_enabled(False):
-            if taken <= warm_up:
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    result = step()
-                torch.cuda.current_stream().wait_stream(stream)
-                return result
-            if taken == warm_up + 1:
-                with torch.cuda.graph(graph, stream=stream):
-                    result = step()  # records the kernels, and does not run them
-        graph.replay()
-        return result
-
-    return take
 
 
 def evaluate(flow: Flow, rows: Tensor) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,6 +116,12 @@ def training(example):
 
 
 @pytest.fixture
+def steps(example):
+    """The module of training steps."""
+    return example("steps")
+
+
+@pytest.fixture
 def start(training):
     """Starts a fit, or resumes it."""
 
@@ -128,7 +135,9 @@ def start(training):
     return start
 
 
-def test_an_interrupted_fit_resumes(training, start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"average": 0.5}])
+def test_an_interrupted_fit_resumes(training, start, tmp_path, monkeypatch, options):
+    start = partial(start, **options)
     expected = start().state_dict()
     checkpoint = tmp_path / "fit.pt"
 
@@ -151,6 +160,17 @@ def test_an_interrupted_fit_resumes(training, start, tmp_path, monkeypatch):
     finished = start(checkpoint)
     assert len(validations) == 5
     assert all(torch.equal(value, expected[key]) for key, value in finished.state_dict().items())
+
+
+def test_a_fit_averages_weights(training, start, monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda flow, rows: (float(flow.training), 0.0))
+    plain, short = start(steps=2).state_dict(), start(steps=1).state_dict()
+    # A fit of two steps validates once, at the end. The average begins with the first weights.
+    averaged = start(steps=2, average=0.25).state_dict()
+    assert any(not torch.equal(value, plain[key]) for key, value in averaged.items())
+    for key, value in averaged.items():
+        if value.is_floating_point():
+            assert torch.allclose(value, 0.25 * short[key] + 0.75 * plain[key], atol=1e-6)
 
 
 def test_a_fit_stops_early(training, start, monkeypatch):
@@ -191,7 +211,7 @@ GPU = pytest.param(
 
 @pytest.mark.parametrize("captured", [False, GPU])
 @pytest.mark.parametrize("conditioner", ["independent", "autoregressive"])
-def test_a_step_is_that_of_the_optimizer(training, conditioner, captured):
+def test_a_step_is_that_of_the_optimizer(steps, conditioner, captured):
     device = "cuda" if captured else "cpu"
 
     def flow_and_loss(batch):
@@ -203,11 +223,11 @@ def test_a_step_is_that_of_the_optimizer(training, conditioner, captured):
     batch = torch.empty(16, 3, device=device)
     batches = [torch.randn(16, 3).to(device) for _ in range(5)]
     flow, loss = flow_and_loss(batch)
-    optimizer = training.adamw(flow.parameters(), 0.1)
+    optimizer = steps.adamw(flow.parameters(), 0.1)
     schedule = CosineAnnealingLR(optimizer, len(batches))
-    step = training.likelihood_step(optimizer, loss, clip=0.1)
+    step = steps.likelihood_step(optimizer, loss, clip=0.1)
     if captured:
-        step = training.captured(step, warm_up=2)
+        step = steps.captured(step, warm_up=2)
     found = []
     for rows in batches:
         batch.copy_(rows)
@@ -227,22 +247,22 @@ def test_a_step_is_that_of_the_optimizer(training, conditioner, captured):
         assert found[i] == pytest.approx(float(value.detach()), rel=1e-4)
 
 
-def test_an_optimizer_of_a_gpu_continues_on_a_cpu(training):
+def test_an_optimizer_of_a_gpu_continues_on_a_cpu(steps):
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizers = [training.adamw([parameter], 0.1) for _ in range(2)]
+    optimizers = [steps.adamw([parameter], 0.1) for _ in range(2)]
     parameter.square().sum().backward()
     optimizers[0].step()
     state = optimizers[0].state_dict()
     state["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(0.05)}
     optimizers[1].load_state_dict(state)
-    training.use_device(optimizers[1])
+    steps.use_device(optimizers[1])
     before = parameter.detach().clone()
     optimizers[1].step()
     assert optimizers[1].param_groups[0]["lr"] == pytest.approx(0.05)
     assert torch.allclose(before - parameter, torch.tensor(0.05), atol=1e-3)
 
 
-def test_a_captured_step_is_taken_once_in_each_call(training, monkeypatch):
+def test_a_captured_step_is_taken_once_in_each_call(steps, monkeypatch):
     """Stand-ins for what CUDA does: a capture runs nothing, and a replay runs what it recorded."""
     done, capturing = [], [False]
 
@@ -272,7 +292,7 @@ def test_a_captured_step_is_taken_once_in_each_call(training, monkeypatch):
             done.append("eager")
         return torch.ones(())
 
-    take = training.captured(step, warm_up=2)
+    take = steps.captured(step, warm_up=2)
     for _ in range(5):
         assert take() == 1
     assert done == ["eager", "eager", "replay", "replay", "replay"]

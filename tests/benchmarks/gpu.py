@@ -30,7 +30,7 @@ from zuko.lazy import Flow
 from pyro_sinflow import SinusoidalFlow, fast_inverse, kernels
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from training import adamw, captured, likelihood_step
+from steps import adamw, captured, likelihood_step
 
 Row = tuple[str, float | str, str]  # what, the ratio or why there is none, and the aim
 
