@@ -1,7 +1,8 @@
 """Compares flows on real data, for equal steps or equal time and several seeds.
 
-Each flow is fitted with all learning rates of a short list from the first seed. The other seeds
-take the rate that validates best. All flows have the same batch size, optimizer and early stopping.
+Each flow is fitted with all learning rates and widths of short lists from the first seed. The other
+seeds take those that validate best. All flows have the same batch size, optimizer and early
+stopping.
 For each data set, the script prints the mean test NLL over seeds with its standard error, in nats
 of standardized features, and the time of a training step and of samples, in training steps of MAF.
 
@@ -15,12 +16,13 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from contenders import ESTIMATED, FLOWS, TAN
+from contenders import ESTIMATED, FLOWS, TAN, can_resize, resize
 from data import TOYS, Data, breast_cancer, digits, patches, toy
 from files import SOURCES, UCI, bsds300, uci
 from images import prepare
@@ -42,6 +44,7 @@ from zuko.lazy import Flow
 
 Fit = dict[str, Any]
 Results = dict[tuple[str, str], list[Fit]]  # of each data set and flow, for each seed
+Choice = tuple[float, int]  # a learning rate, and the number of units of hidden layers
 
 
 def flat_digits() -> Data:
@@ -68,22 +71,24 @@ def read(data: str, root: Path | None) -> Data:
     return DATA[data](root)
 
 
-def stem_of(data: str, flow: str, rate: float, seed: int, args: argparse.Namespace) -> Path:
+def stem_of(data: str, flow: str, choice: Choice, seed: int, args: argparse.Namespace) -> Path:
     """Returns where the results of a fit are, without the suffix."""
     spent = f"{args.steps} steps" if args.seconds is None else f"{args.seconds:g} s"
-    name = f"{data}, {flow}, {spent}, rate {rate:g}, seed {seed}"
+    rate, width = choice
+    name = f"{data}, {flow}, {width} units, {spent}, rate {rate:g}, seed {seed}"
     # A dot would begin the suffix.
     return args.out / "fits" / name.replace(".", "-")
 
 
-def run(data: str, flow: str, rate: float, seed: int, args: argparse.Namespace) -> Fit:
+def run(data: str, flow: str, choice: Choice, seed: int, args: argparse.Namespace) -> Fit:
     """Returns the results of a fit, from its file if it exists."""
-    stem = stem_of(data, flow, rate, seed, args)
+    stem = stem_of(data, flow, choice, seed, args)
     path, checkpoint = stem.with_suffix(".json"), stem.with_suffix(".pt")
     if path.exists():
         return json.loads(path.read_text())
     torch.set_num_threads(1)
-    make, rows = FLOWS[flow], read(data, args.data_root)
+    rate, width = choice
+    make, rows = resize(flow, width), read(data, args.data_root)
     steps = args.steps
     if args.seconds is not None:
         steps = afford(args.seconds, make, rows, checkpoint)
@@ -93,6 +98,7 @@ def run(data: str, flow: str, rate: float, seed: int, args: argparse.Namespace) 
     score, error = evaluate(fitted, rows.test)
     result = {
         "rate": rate,
+        "units": width,
         "validation": -evaluate(fitted, rows.validation)[0],
         "NLL": -score,
         "error": error,
@@ -103,10 +109,11 @@ def run(data: str, flow: str, rate: float, seed: int, args: argparse.Namespace) 
 
 
 def fit_all(args: argparse.Namespace) -> Results:
-    """Fits all flows to all data sets, and returns the fits of the best rates for each seed."""
+    """Fits all flows to all data sets, and returns the fits of the best choices for each seed."""
     pairs = [(data, flow) for data in args.data for flow in args.flows]
+    choices = [*product(args.rates, args.widths)]
     job = partial(run, args=args)
-    return tune(job, pairs, args.rates, args.seeds, lambda fit: -fit["validation"], args.jobs)
+    return tune(job, pairs, choices, args.seeds, lambda fit: -fit["validation"], args.jobs)
 
 
 def measure(flow: Flow, data: Data, batch: int = 128) -> Fit:
@@ -139,8 +146,10 @@ def costs(data: str, results: Results, args: argparse.Namespace) -> dict[str, Fi
     rows = read(data, args.data_root)
     found: dict[str, Fit] = {}
     for name in args.flows:
-        stem = stem_of(data, name, results[data, name][0]["rate"], 0, args)
-        flow = restore(FLOWS[name](rows.train.shape[1]), stem.with_suffix(".pt"))
+        fits = results[data, name]
+        stem = stem_of(data, name, (fits[0]["rate"], fits[0]["units"]), 0, args)
+        make = resize(name, fits[0]["units"])
+        flow = restore(make(rows.train.shape[1]), stem.with_suffix(".pt"))
         found[name] = measure(flow, rows)
     return found
 
@@ -153,7 +162,7 @@ def show(results: Results, args: argparse.Namespace) -> None:
         return spread([f["NLL"] for f in fits], fits[0]["error"])
 
     leads = dict.fromkeys(args.flows, 0)
-    scores, steps, rates = [], [], []
+    scores, steps, rates, widths = [], [], [], []
     for data in args.data:
         best, error = min(score_of(data, flow) for flow in args.flows)
         row = [data]
@@ -166,8 +175,14 @@ def show(results: Results, args: argparse.Namespace) -> None:
         fits = [results[data, flow] for flow in args.flows]
         steps.append([data, *(f"{mean(f['steps'] for f in seeds):,.0f}" for seeds in fits)])
         rates.append([data, *(f"{seeds[0]['rate']:g}" for seeds in fits)])
+        widths.append([data, *(f"{seeds[0]['units']}" for seeds in fits)])
     scores.append(["first or level", *(f"{n} of {len(args.data)}" for n in leads.values())])
-    for title, table in (("test NLL", scores), ("steps", steps), ("learning rate", rates)):
+    for title, table in (
+        ("test NLL", scores),
+        ("steps", steps),
+        ("learning rate", rates),
+        ("units", widths),
+    ):
         print_table((title, *args.flows), table)
 
 
@@ -200,6 +215,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--rates", type=float, nargs="+", default=[2e-3, 6e-3, 1.5e-2], help="learning rates to try"
     )
     parser.add_argument(
+        "--widths",
+        type=int,
+        nargs="+",
+        default=[64],
+        help="units of both hidden layers to try; other flows than zuko's and ours have 64",
+    )
+    parser.add_argument(
         "--steps", type=int, default=400, help="of each flow, at most (default: %(default)s)"
     )
     parser.add_argument(
@@ -215,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := [name for name in args.flows if not available(FLOWS[name])]:
         print(f"Left out, because normflows is not installed: {', '.join(missing)}.")
         args.flows = [name for name in args.flows if name not in missing]
+    if args.widths != [64] and (fixed := [name for name in args.flows if not can_resize(name)]):
+        parser.error(f"--widths should be 64 for {', '.join(fixed)}.")
     results = fit_all(args)
     show(results, args)
     show_costs({data: costs(data, results, args) for data in args.data}, args)

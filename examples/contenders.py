@@ -1,7 +1,7 @@
 """The flows of the comparison: those of this package and of Tables 1 and 3 of Wei (2021).
 
-Flows of zuko, Pyro and normflows have hidden layers of 64 units. Their numbers of transforms were
-chosen so that steps take similar times.
+Hidden layers have 64 units, unless they are resized. The numbers of transforms were chosen so that
+steps take similar times.
 """
 
 from __future__ import annotations
@@ -132,6 +132,19 @@ FLOWS: dict[str, Callable[[int], Flow]] = {
     "Glow": glow,
     "i-ResNet": iresnet,
 }
+
+
+def can_resize(name: str) -> bool:
+    """Whether a flow has hidden layers that :func:`resize` can change."""
+    return isinstance(FLOWS[name], partial)
+
+
+def resize(name: str, units: int) -> Callable[[int], Flow]:
+    """Returns the constructor of a flow whose hidden layers have the given number of units."""
+    make = FLOWS[name]
+    return partial(make, hidden_features=(units, units)) if can_resize(name) else make
+
+
 ESTIMATED = ("FFJORD", "i-ResNet")
 
 TAN = """

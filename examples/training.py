@@ -168,33 +168,34 @@ def afford(
 def tune(
     run: Callable[..., dict[str, Any]],
     keys: Sequence[tuple[Hashable, ...]],
-    rates: Sequence[float],
+    choices: Sequence[Any],
     seeds: int,
     score: Callable[[dict[str, Any]], float],
     jobs: int = 1,
 ) -> dict[Any, list[dict[str, Any]]]:
-    """Chooses a learning rate by the first seed, and runs the other seeds with it.
+    """Chooses a learning rate, or other options, by the first seed, and runs the other seeds so.
 
     Args:
-        run: A function that runs a fit, given the entries of a key, a learning rate and a seed. It
-            returns the results, with the learning rate as "rate".
+        run: A function that runs a fit and returns its results, given the entries of a key, one of
+            the choices and a seed.
         keys: What to fit.
-        rates: The learning rates to try.
+        choices: What to choose from, such as learning rates.
         seeds: The number of seeds.
-        score: The score of the results of a fit. The rate with the highest one is chosen.
+        score: The score of the results of a fit. The choice with the highest one is taken.
         jobs: The number of fits at a time.
 
     Returns:
         The results for each key, in the order of the seeds.
     """
     with ProcessPoolExecutor(jobs) as pool:
-        first = [(key, pool.submit(run, *key, rate, 0)) for key in keys for rate in rates]
-        found: dict[Any, list[dict[str, Any]]] = {key: [] for key in keys}
-        for key, job in tqdm(first, "learning rates"):
-            found[key].append(job.result())
-        results = {key: [max(fits, key=score)] for key, fits in found.items()}
+        first = [(k, choice, pool.submit(run, *k, choice, 0)) for k in keys for choice in choices]
+        best: dict[Any, tuple[Any, dict[str, Any]]] = {}
+        for key, choice, job in tqdm(first, "first seed"):
+            if key not in best or score(job.result()) > score(best[key][1]):
+                best[key] = choice, job.result()
+        results = {key: [result] for key, (_, result) in best.items()}
         others = [
-            (key, pool.submit(run, *key, results[key][0]["rate"], seed))
+            (key, pool.submit(run, *key, best[key][0], seed))
             for seed in range(1, seeds)
             for key in keys
         ]

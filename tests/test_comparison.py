@@ -46,6 +46,24 @@ def test_comparison(tmp_path):
     assert table(again, "test NLL") == scores
 
 
+def test_the_width_that_validates_best(tmp_path):
+    options = ("--steps", "2", *CANCER[:4], "--seeds", "1", "--widths", "4", "64", "--flows", "MAF")
+    output = run("comparison.py", "--out", tmp_path, *options)
+    (fit,) = json.loads((tmp_path / "comparison.json").read_text())["breast cancer"]["MAF"]
+    tried = [json.loads(path.read_text()) for path in (tmp_path / "fits").glob("*.json")]
+    assert len(tried) == 2
+    assert [f["units"] for f in tried].count(4) == 1
+    assert fit == min(tried, key=lambda f: f["validation"])
+    assert table(output, "units")["breast cancer"]["MAF"] == str(fit["units"])
+
+
+def test_widths_of_flows_that_have_one(example, tmp_path, capsys):
+    options = ["--out", str(tmp_path), "--widths", "128", "--flows", "MAF", "B-NAF"]
+    with pytest.raises(SystemExit):
+        example("comparison").main(options)
+    assert "--widths should be 64 for B-NAF." in capsys.readouterr().err
+
+
 def test_the_same_time_for_each_flow(tmp_path):
     options = ("--seconds", "0.3", *CANCER, "--flows", "MAF")
     output = run("comparison.py", "--out", tmp_path, *options, "--jobs", "2")
