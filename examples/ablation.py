@@ -23,11 +23,13 @@ from contenders import density
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from training import Budget, arguments, evaluate, fit, print_table
-from zuko.lazy import Flow, LazyComposedTransform, LazyTransform
+from zuko.lazy import Flow, LazyComposedTransform, LazyTransform, UnconditionalTransform
 from zuko.transforms import AdditiveTransform, ComposedTransform
 
 from pyro_sinflow import LazyTriangular, MaskedNetwork, SinusoidalFlow
+from pyro_sinflow.element_wise import Affine, Asinh
 from pyro_sinflow.lazy import LazyAffine, LazySinusoids
+from pyro_sinflow.linear import Linear
 
 Scores = dict[str, list[float]]  # of each data set, for each seed
 
@@ -82,6 +84,22 @@ class LiteralBlock(LazyTransform):
 def literal(features: int) -> Flow:
     """Returns a flow of three of the paper's blocks."""
     return density(LazyComposedTransform(*(LiteralBlock(features) for _ in range(3))), features)
+
+
+def hybrid(features: int, transforms: int = 5) -> Flow:
+    """Returns the default with networks for affine maps only, and free sinusoids after each."""
+    parts: list[nn.Module] = [UnconditionalTransform(Asinh, torch.zeros(features))]
+    order = torch.arange(features)
+    for _ in range(transforms):
+        network = MaskedNetwork(features, outputs=2, order=order)
+        parts += [
+            UnconditionalTransform(Linear, torch.zeros(features, features)),
+            LazyTriangular(network, features, Affine, [(), ()]),
+            LazySinusoids(torch.Size([features])),
+        ]
+        order = order.flip(0)
+    parts.append(LazyAffine(torch.zeros(features, 2), 0, (), None))
+    return density(LazyComposedTransform(*parts), features)
 
 
 def free(flow: Flow, kind: type[nn.Module]) -> list[dict[str, nn.Parameter]]:
@@ -174,7 +192,7 @@ def cases(conditioner: str) -> dict[str, Case]:
         name: Case(make, replace(default.budget, **changes)) for name, changes in BUDGETS.items()
     }
     if conditioner == "default":
-        return found
+        return found | {"five affine maps, with free sinusoids": Case(hybrid)}
     for name, factor in (("half the frequencies", 0.5), ("twice the frequencies", 2.0)):
         found[name] = Case(lambda features, factor=factor: wave(make(features), factor))
     for name, what in (

@@ -57,6 +57,16 @@ def test_speed():
         make()
 
 
+def test_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    options = ["--data", "breast cancer", "--flows", "MAF", "--steps", "2", "--rows", "3"]
+    runpy.run_path(str(BENCHMARKS / "rows.py"))["main"](["--out", str(tmp_path), *options])
+    table = rows(capsys.readouterr().out)
+    assert table.pop("data, flow")[:2] == ["passes of a row", "of the batch"]
+    ((of_row, of_batch, *_),) = table.values()
+    assert 1 <= float(of_row) <= float(of_batch) <= 9
+
+
 def test_counts_of_calls_are_within_their_aims():
     for what, count, aim in runpy.run_path(str(BENCHMARKS / "calls.py"))["count_calls"]():
         assert count > 0
