@@ -12,6 +12,7 @@ the correct first derivative; n steps in a row have n correct derivatives.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd import Function
 from ._torch import can_branch_on, can_fuse, depends_on_more, honours_torch_function
 from .autoregressive import AutoregressiveMap, FrozenInverse
 from .bijection import inverse
-from .nilpotent import cut_off, finite_events, largest, nilpotent_iteration
+from .nilpotent import cut_off, events_within, largest, nilpotent_iteration
 from .solvers import Solver, record
 
 
@@ -39,23 +40,25 @@ def invert(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
 
     Raises:
         InversionError: If the map is not triangular or not deterministic, or if every event leaves
-            the range of the dtype.
+            the range of the dtype while Pyro's validation is on.
 
     Warns:
-        InversionWarning: If some events leave the range of the dtype, or if the tolerance is missed
-            because ``solver.max_iter`` is small.
+        InversionWarning: If some events leave the range of the dtype, and are set to NaN, or if the
+            tolerance is missed because ``solver.max_iter`` is small.
     """
     if not can_branch_on(y):
         return _recorded_passes(function, y, solver)
     finite = None
     if not is_validation_enabled():  # y was not checked: a NaN must not affect other events
-        finite = finite_events(y, function.event_dim)
+        finite = events_within(y, function.event_dim, math.inf)
         y = y.where(finite, 0.0)
     frozen = function.frozen(y.detach())
-    x = _root(function, frozen, y.detach(), solver)
+    x, inside = _root(function, frozen, y.detach(), solver)
     if torch.is_grad_enabled():
         x = _attach(function, x, y, solver, frozen is not None)
-    return x if finite is None else x.where(finite, torch.nan)
+    for valid in (finite, inside):
+        x = x if valid is None else x.where(valid, torch.nan)
+    return x
 
 
 def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
@@ -64,27 +67,26 @@ def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> 
     During the capture of a CUDA graph, forward substitution replaces as many passes as there are
     stages, or more, unless something is differentiated.
     """
-    limit = function.enough_passes(y.shape)
+    limit, bound = function.enough_passes(y.shape), largest(y.dtype)
     limit = min(limit, solver.max_iter or limit)
     if can_fuse(y) and not torch.is_grad_enabled() and solver.method != "banach":
         frozen = function.frozen(y)
         if frozen is not None and (frozen.kernel or limit >= len(frozen.stages.stages) - 1):
             x = frozen.sequential()
             record("triangular", 1, x.numel())
-            return x.where(finite_events(x, function.event_dim), torch.nan)
+            return x.where(events_within(x, function.event_dim, bound), torch.nan)
     x = torch.zeros_like(y)
     for _ in range(limit):
         new = inverse(function(x), y)
-        bound = largest(y.dtype)
         x = new.nan_to_num(nan=0.0).clamp(-bound, bound)
     record("triangular", limit, y.numel())
-    return new.where(finite_events(new, function.event_dim), torch.nan)  # without an error
+    return new.where(events_within(new, function.event_dim, bound), torch.nan)  # without an error
 
 
 def _root(
     function: AutoregressiveMap, frozen: FrozenInverse | None, y: Tensor, solver: Solver
-) -> Tensor:
-    """Finds the root without a graph."""
+) -> tuple[Tensor, Tensor | None]:
+    """Finds the root without a graph. Returns it with a mask of the events in range, or None."""
     banach = solver.method == "banach"
     step = frozen.step if frozen is not None else lambda x: inverse(function(x), y)
     if frozen is not None and not banach:
@@ -93,7 +95,7 @@ def _root(
             with torch.no_grad():
                 x = frozen.sequential()
             record("triangular", 1, x.numel())
-            return cut_off(x, function.event_dim)[0]
+            return cut_off(x, function.event_dim)
     return nilpotent_iteration(
         step,
         y if banach else torch.zeros_like(y),
@@ -176,7 +178,7 @@ class _Jacobian:
         unit = start.abs().flatten(b.ndim - event_dim).amax(dim=-1)[(...,) + event_dim * (None,)]
         b = (b / unit).nan_to_num(0.0)
         # Gradients are solved to round-off, whatever the tolerance of the values.
-        v = nilpotent_iteration(
+        v, inside = nilpotent_iteration(
             lambda v: (b - self._product(v, transposed)) / diagonal,
             b / diagonal,
             event_dim,
@@ -185,7 +187,7 @@ class _Jacobian:
             max(passes, 1),
             self.trusted,
         )
-        return unit * v
+        return unit * (v if inside is None else v.where(inside, torch.nan))
 
 
 class _Solve(Function):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from math import isfinite, prod
 
 import torch
+from pyro.distributions import is_validation_enabled
 from torch import Tensor
 
 from .solvers import InversionError, InversionWarning, Solver, missed, record
@@ -28,39 +29,39 @@ def largest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max ** 0.5
 
 
-def finite_events(x: Tensor, event_dim: int) -> Tensor:
-    """Returns a mask of the finite events, with as many dimensions as x."""
-    return x.isfinite().all(dim=tuple(range(-event_dim, 0)), keepdim=True)
+def events_within(x: Tensor, event_dim: int, bound: float) -> Tensor:
+    """Returns a mask of the events below a bound, with as many dimensions as x."""
+    return (x.abs() < bound).all(dim=tuple(range(-event_dim, 0)), keepdim=True)  # False for NaN
 
 
 def cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor | None]:
-    """Clamps x to the range of its dtype.
+    """Finds the events that leave the range of their dtype.
 
     Returns:
-        The clamped x, and a mask of the elements whose events are in range, or :py:`None` if all
-        events are in range.
+        x, with zeros in place of these events, and a mask of the others, with as many dimensions
+        as x, or :py:`None` if there are none.
 
     Raises:
-        InversionError: If every event is out of range.
+        InversionError: If every event is out of range, and Pyro's validation is on.
 
     Warns:
-        InversionWarning: If some events are out of range.
+        InversionWarning: If some events are out of range, or all of them with validation off: MCMC
+            switches it off, and rejects a state whose density is NaN.
     """
     bound = largest(x.dtype)
     if not x.numel() or float(x.abs().max()) < bound:  # False for NaN
         return x, None
-    inside = (x.abs() < bound).flatten(x.ndim - event_dim).all(dim=-1)
+    inside = events_within(x, event_dim, bound)
     lost = inside.numel() - int(inside.sum())
     message = (
         f"The inverse of a triangular map leaves the range of {x.dtype} in {lost} of "
         f"{inside.numel()} events: the map is not finite there, or its slopes are too extreme. "
         "Bounded activations, such as torch.nn.Tanh, or float64 may help."
     )
-    if lost == inside.numel():
+    if lost == inside.numel() and is_validation_enabled():
         raise InversionError(message)
-    warnings.warn(message, InversionWarning, stacklevel=2)
-    mask = inside[(...,) + event_dim * (None,)].expand_as(x)
-    return x.nan_to_num(nan=bound).clamp(-bound, bound), mask
+    warnings.warn(f"{message} They are set to NaN.", InversionWarning, stacklevel=2)
+    return x.where(inside, 0.0), inside
 
 
 def nilpotent_iteration(
@@ -71,7 +72,7 @@ def nilpotent_iteration(
     problem: str,
     bound: int,
     trusted: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Iterates a nilpotent step until it converges, at most ``bound`` times.
 
     Args:
@@ -83,33 +84,37 @@ def nilpotent_iteration(
         bound: A number of passes, at least one, that is enough.
         trusted: Whether the step is known to be nilpotent.
 
+    Returns:
+        The fixed point and, as :func:`cut_off` does, a mask of the events in range, or
+        :py:`None`.
+
     Raises:
-        InversionError: If the step is not nilpotent, or every event leaves the range of the dtype.
+        InversionError: If the step is not nilpotent, or as :func:`cut_off` does.
 
     Warns:
-        InversionWarning: If some events leave the range of the dtype, or the tolerance is missed
-            because ``solver.max_iter`` is small.
+        InversionWarning: As :func:`cut_off` does, or if the tolerance is missed because
+            ``solver.max_iter`` is small.
     """
     if trusted and bound <= _UNTESTED and solver.max_iter is None:
         # Few passes take less time than a test of whether fewer are enough.
         new = _repeat(step, x, bound)
         if new.numel() and float(new.abs().max()) < largest(x.dtype):  # False for NaN
             record(problem, bound, new.numel())
-            return new
+            return new, None
     limit = min(solver.max_iter or (100 if solver.method == "banach" else bound), bound)
     aim, tolerance = solver.tolerances(torch.finfo(x.dtype).eps)
     x, new, iterations, error = _iterate(step, x, limit, aim)
     record(problem, iterations, x.numel())
     if error <= aim:
-        return x
+        return x, None
     is_exact = limit >= bound
     if prod(x.shape[x.ndim - event_dim :]) <= 1 or (trusted and is_exact):
-        return cut_off(new, event_dim)[0]
+        return cut_off(new, event_dim)
     # One more pass shows whether x is exact, as it should be.
     with torch.no_grad():
         new, inside = cut_off(step(x), event_dim)
     change = (new - x).abs() / (1 + new.abs())
-    error = float((change if inside is None else change[inside]).max())
+    error = float((change if inside is None else change.where(inside, 0.0)).max())
     if not error <= tolerance:
         message = missed(problem, error, tolerance, limit)
         if is_exact and not error <= torch.finfo(x.dtype).eps ** 0.5:
@@ -119,7 +124,7 @@ def nilpotent_iteration(
                 "of your own must not see the feature itself, nor later ones."
             )
         warnings.warn(message, InversionWarning, stacklevel=2)
-    return x if inside is None else torch.where(inside, x, new)
+    return x if inside is None else x.where(inside, 0.0), inside
 
 
 @torch.no_grad()

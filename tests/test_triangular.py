@@ -4,11 +4,14 @@ import copy
 import pickle
 
 import hypothesis.strategies as st
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import zuko
 from conftest import perturb, residual, slogdet
 from hypothesis import given, settings
+from pyro.infer import MCMC, NUTS
 from torch import nn
 from torch.distributions import constraints
 
@@ -93,6 +96,45 @@ def test_a_single_feature_tells_when_it_is_lost():
         t.map.network.constant.fill_(torch.nan)
     with pytest.raises(InversionError, match="leaves the range"):
         t.inv(torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("way", ["a batch", "alone, without validation", "torch.func"])
+@pytest.mark.parametrize("rows", [3, 500])  # by passes, and by forward substitution
+def test_an_event_out_of_range_is_nan(way, rows):
+    block, y = LDU(3).block, torch.randn(rows, 3)
+    t = block.lower()
+    y[0] = 1e25
+    expected = t.inv(y[1:])
+    if way == "torch.func":
+        x = torch.func.vmap(t.inv)(y)
+    else:
+        y = y.requires_grad_()
+        with (
+            pyro.validation_enabled(way == "a batch"),
+            pytest.warns(InversionWarning, match=r"leaves the range .* are set to NaN"),
+        ):
+            x = t.inv(y if way == "a batch" else y[:1])
+        grads = torch.autograd.grad(x[1:].sum(), (y, *block.lower.parameters()))
+        assert all(g.isfinite().all() for g in grads)
+    assert x[0].isnan().all()
+    assert torch.allclose(x[1:], expected[: len(x) - 1], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_sinflow.InversionWarning")
+def test_mcmc_rejects_events_out_of_range():
+    pyro.set_rng_seed(2)  # reaches such events in the warm-up
+    t = LDU(2).requires_grad_(False)
+
+    def model():
+        scale = pyro.sample("log_scale", dist.Normal(0.0, 3.0)).exp()
+        noise = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        affine = dist.transforms.AffineTransform(torch.zeros(2), scale, event_dim=1)
+        flow = dist.TransformedDistribution(noise, [t, affine])
+        pyro.sample("x", flow, obs=torch.tensor([1.0, -0.5]))
+
+    mcmc = MCMC(NUTS(model), num_samples=20, warmup_steps=50, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.get_samples()["log_scale"].isfinite().all()
 
 
 def test_overflow_on_the_way_does_not_spoil_settled_features():
