@@ -281,6 +281,23 @@ def shallow_copy(module: M) -> M:
     return new
 
 
+def is_replaced(parameter: Tensor) -> bool:
+    """Whether another tensor is in the place of a module's parameter."""
+    return not isinstance(parameter, nn.Parameter)
+
+
+def replace_parameter(module: nn.Module, key: str, value: Tensor) -> None:
+    """Puts a tensor, which need not be a parameter, in the place of a module's parameter.
+
+    Args:
+        module: The module.
+        key: The name of the parameter, which may be that of a submodule.
+        value: The tensor.
+    """
+    path, _, name = key.rpartition(".")
+    module.get_submodule(path)._parameters[name] = value  # type: ignore[assignment]
+
+
 _RANDOM = (_DropoutNd, nn.RReLU)  # in training
 # Activations of torch that are not element-wise: an output depends on several inputs.
 _MIXING = {nn.GLU, nn.LogSoftmax, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin}

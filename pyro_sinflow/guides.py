@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
 from . import _validate as check
-from ._torch import can_branch_on, without_autocast
+from ._torch import can_branch_on, is_replaced, replace_parameter, without_autocast
 from .bijection import at_least_float32
 from .block import ConditionalLDU
 from .element_wise import FASTER
@@ -214,19 +214,26 @@ class AutoLDU(AutoContinuous):
         file, or if the guide is a copy. A frozen guide keeps its own.
         """
         flow, prefix = self._flow(), self._pyro_get_fullname("flow")
-        if not flow.affine.requires_grad:
+        store = pyro.get_param_store()
+        for key, parameter in flow.named_parameters():
+            if is_replaced(parameter):  # by a handler, in an earlier call
+                replace_parameter(flow, key, store[param_with_module_name(prefix, key)])
+        if not any(p.requires_grad for p in flow.parameters()):
             return
         if pyro.settings.get("module_local_params"):
             for key, parameter in flow.named_parameters():
                 _announce(param_with_module_name(prefix, key), parameter)
             return
-        store, name = pyro.get_param_store(), param_with_module_name(prefix, "affine")
+        name = param_with_module_name(prefix, "affine")
         if name in store and store[name] is not flow.affine:
             self._check_store()
         pyro.module(prefix, flow, update_module_params=True)
         if flow.whitening is not None:  # in the store, but not a site that optimizers see
             name = param_with_module_name(prefix, "whitening")
             stored = store.setdefault(name, flow.whitening.clone)
+            if stored.dtype != flow.affine.dtype or stored.device != flow.affine.device:
+                store[name] = stored.detach().to(flow.affine)  # the guide was converted or moved
+                stored = store[name]
             if stored.data_ptr() != flow.whitening.data_ptr():  # a trace must not record it
                 flow.whitening = stored.detach()
 
@@ -333,7 +340,8 @@ class _Affine(LowerCholeskyAffine):
     """Pyro's affine map, with one matrix product for all samples instead of one for each."""
 
     def _call(self, x: Tensor) -> Tensor:
-        return self.loc + x @ self.scale_tril.mT
+        with without_autocast(x):  # the cached density is that of the exact sample
+            return self.loc + x @ self.scale_tril.mT
 
 
 class _Shear(Transform):
@@ -347,7 +355,8 @@ class _Shear(Transform):
         self.upper = upper
 
     def _call(self, x: Tensor) -> Tensor:
-        return x + x @ self.upper.mT
+        with without_autocast(x):
+            return x + x @ self.upper.mT
 
     def _inverse(self, y: Tensor) -> Tensor:
         rows = y.reshape(-1, y.shape[-1])
