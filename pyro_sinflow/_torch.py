@@ -171,7 +171,7 @@ def _contents(value: Any) -> list[Any] | None:
         held = vars(value)
         parts = [held[name].values() for name in _PARTS]
         return [*held.values(), *chain.from_iterable(parts)]
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return [*value]
     if isinstance(value, dict):
         return [*value.values()]
@@ -180,8 +180,9 @@ def _contents(value: Any) -> list[Any] | None:
     if isinstance(value, MethodType):
         return [value.__self__]
     if isinstance(value, FunctionType):
-        cells = value.__closure__ or ()
-        return [c.cell_contents for c in cells if c != CellType()]  # without empty cells
+        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]  # not empty
+        defaults = (value.__defaults__ or ()), (value.__kwdefaults__ or {}).values()
+        return [*cells, *chain.from_iterable(defaults), *vars(value).values()]
     if isinstance(value, type | ModuleType | State) or not hasattr(value, "__dict__"):
         return None
     return [*vars(value).values()]

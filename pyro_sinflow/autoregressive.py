@@ -51,6 +51,7 @@ class AutoregressiveMap:
     """
 
     features: Size | None = None  # the shape of an event, if it is known
+    batch_shape = Size()  # of the context
 
     def __init__(
         self,
@@ -125,6 +126,8 @@ class NetworkMap(AutoregressiveMap):
 
     def __post_init__(self) -> None:
         self.event_dim = len(self.features)
+        if self.c is not None:
+            self.batch_shape = self.c.shape[:-1]
 
     def __repr__(self) -> str:
         context = "" if self.c is None else f", context: {tuple(self.c.shape)}"

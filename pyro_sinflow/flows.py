@@ -18,6 +18,7 @@ from zuko.lazy import (
 )
 
 from . import _validate as check
+from .bijection import at_least_float32
 from .block import ConditionalLDU
 from .element_wise import Affine, Asinh, SinusoidalChain
 from .kernels import AffineChain
@@ -42,6 +43,11 @@ class _LazyComposition(LazyComposedTransform):
         transforms = [t(c) for t in self.transforms]
         context_shape = Size() if c is None else c.shape[:-1]
         return Composition(*transforms, context_shape=context_shape)
+
+
+def _diagonal_normal(loc: Tensor, scale: Tensor, ndims: int) -> DiagNormal:
+    """Returns the base distribution, whose log-density is never computed in half precision."""
+    return DiagNormal(at_least_float32(loc), at_least_float32(scale), ndims)
 
 
 class SinusoidalFlow(Flow):
@@ -194,7 +200,7 @@ class SinusoidalFlow(Flow):
         lazy.append(LazyAffine(torch.zeros(*shape, 2), context, hidden_features, activation, seen))
 
         base = UnconditionalDistribution(
-            DiagNormal,
+            _diagonal_normal,
             loc=torch.zeros(shape),
             scale=torch.ones(shape),
             ndims=len(shape),

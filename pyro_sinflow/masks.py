@@ -113,3 +113,16 @@ def dependence(module: nn.Module, seen: Tensor) -> Tensor:
     for child in module.children():
         after = dependence(child, after)
     return (seen + after).sign() if isinstance(module, Residual) else after
+
+
+def feature_ranks(network: nn.Module, inputs: int, features: int) -> Tensor:
+    """Returns the length of the longest path to each feature, D for those that a cycle leads to.
+
+    Args:
+        network: A masked network.
+        inputs: The number of its inputs: features, and perhaps context features after them.
+        features: The number of features D.
+    """
+    device = next(network.buffers()).device
+    seen = torch.eye(inputs, features, dtype=torch.float32, device=device)
+    return longest_paths(dependence(network, seen).unflatten(0, (features, -1)).any(dim=1))

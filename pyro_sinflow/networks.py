@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from . import _validate as check
-from .masks import check_adjacency, check_order, dependence, longest_paths, masked_mlp
+from .masks import (
+    check_adjacency,
+    check_order,
+    dependence,
+    feature_ranks,
+    longest_paths,
+    masked_mlp,
+)
 
 _PROBES = 64  # the largest number of units that a check changes
 
@@ -246,6 +254,8 @@ class MaskedNetwork(nn.Module):
             elif not isinstance(part, MaskedMLP | Residual):
                 check_element_wise(part, [width])
         self.mlp = mlp
+        if adjacency is not None:
+            self.register_load_state_dict_post_hook(_count_passes)
 
     @property
     def bias(self) -> Tensor:
@@ -300,3 +310,10 @@ class MaskedNetwork(nn.Module):
         if n > 1:
             h = h.unflatten(-2, self.features)
         return h if h.dtype == x.dtype else h.to(x.dtype)
+
+
+def _count_passes(network: MaskedNetwork, _: Any) -> None:
+    """Takes the number of passes from the masks, which may be loaded from another network."""
+    if (mlp := network.mlp) is not None:
+        ranks = feature_ranks(mlp, mlp.in_features, network.features.numel())
+        network.passes = 1 + int(ranks.max())

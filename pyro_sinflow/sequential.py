@@ -18,7 +18,7 @@ from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from ._torch import ELEMENT_WISE, is_dropout, plain_modules, versions
 from .kernels import ACTIVATIONS, Schedule
-from .masks import dependence, longest_paths
+from .masks import feature_ranks
 from .networks import MaskedNetwork
 
 _SIZE = 16  # features in a block; a block has more if a single stage has more
@@ -104,11 +104,7 @@ class Stages:
         self.factors = [layer.mask.to(layer.weight.dtype) for layer in self.linears]
         if self.linears[0].in_features < features:
             raise NotImplementedError(f"The network has fewer inputs than {features} features.")
-        inputs = torch.eye(
-            self.linears[0].in_features, features, dtype=torch.float32, device=self.masks[0].device
-        )
-        parents = dependence(mlp, inputs).unflatten(0, (features, -1)).any(dim=1)
-        rank = longest_paths(parents)
+        rank = feature_ranks(mlp, self.linears[0].in_features, features)
         if (rank == features).any():
             raise NotImplementedError("The network is not triangular.")
         self.stages = [(rank == i).nonzero().squeeze(1) for i in range(-1, int(rank.max()) + 1)]

@@ -104,6 +104,9 @@ class TriangularTransform(Bijection):
         return self.map(x)(x)
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if batch := self.map.batch_shape:  # zuko's transforms do not broadcast log-determinants
+            cut = x.ndim - self._event_dim
+            x = x.expand(check.broadcast(x=x.shape[:cut], context=batch) + x.shape[cut:])
         return call_and_ladj(self.map(x), x, self._event_dim)
 
     def _inverse(self, y: Tensor) -> Tensor:

@@ -198,6 +198,20 @@ def test_the_state_holds_it_and_copies_and_the_default_dtype_are_as_ever():
     assert flow(GRAPHS["tree"]).float()().log_prob(x.float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("rows", [2, 500])  # by passes, and by forward substitution
+def test_loading_the_weights_of_another_adjacency(rows):
+    """The masks are a part of the state, and the number of passes follows from them."""
+    chain = torch.eye(8).long() + torch.diag(torch.ones(7).long(), -1)
+    star = torch.eye(8).long()
+    star[1:, 0] = 1
+    deep, flat = (SinusoidalFlow(8, transforms=1, tails=False, adjacency=a) for a in (chain, star))
+    perturb(deep, 0.5)
+    flat.load_state_dict(deep.state_dict())
+    flat, z = copy.deepcopy(flat), torch.randn(rows, 8)
+    assert residual(flat().transform, flat().transform.inv(z), z) <= 1e-4
+    assert torch.equal(flat().transform.inv(z), deep().transform.inv(z))
+
+
 @pytest.mark.parametrize(
     ("adjacency", "error", "message"),
     [

@@ -221,8 +221,20 @@ def shifted(weight, x):
     return AdditiveTransform(x @ weight.tril(-1).T)
 
 
+def with_attribute(weight):
+    def f(x):
+        return shifted(f.weight, x)
+
+    f.weight = weight
+    return f
+
+
 CLOSURES = {
     "function": lambda weight: lambda x: shifted(weight, x),
+    "default": lambda weight: lambda x, w=weight: shifted(w, x),
+    "keyword": lambda weight: lambda x, *, w=weight: shifted(w, x),
+    "attribute": with_attribute,
+    "set": lambda weight: lambda x, s=frozenset({weight}): shifted(*s, x),
     "partial": lambda weight: partial(shifted, weight),
     "method": lambda weight: Shift(weight).at,
     "module": lambda weight: LazyTriangular(Linear(weight), 3, AdditiveTransform, [()])().map,

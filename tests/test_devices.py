@@ -200,6 +200,14 @@ def test_flows_in_half_precision(name, dtype):
         assert p.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_log_densities_of_samples_in_half_precision(dtype):
+    flow = perturb(SinusoidalFlow(64, transforms=1), 0.01).to(dtype)
+    x, log_prob = flow().rsample_and_log_prob((50,))
+    assert log_prob.dtype == torch.float32
+    assert torch.allclose(flow().log_prob(x), log_prob, atol=5e-3)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_extremes_of_half_precision(name):
     t = perturb(BLOCKS[name]())

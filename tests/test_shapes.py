@@ -7,9 +7,21 @@ import zuko
 from conftest import perturb
 from zuko.distributions import Mixture, NormalizingFlow
 from zuko.flows import ElementWiseTransform, Flow, MaskedAutoregressiveTransform
-from zuko.transforms import ComposedTransform, MonotonicRQSTransform
+from zuko.transforms import (
+    AdditiveTransform,
+    ComposedTransform,
+    MonotonicAffineTransform,
+    MonotonicRQSTransform,
+)
 
-from pyro_sinflow import LDU, ConditionalLDU, SinusoidalFlow, SinusoidalTransform
+from pyro_sinflow import (
+    LDU,
+    ConditionalLDU,
+    LazyTriangular,
+    MaskedNetwork,
+    SinusoidalFlow,
+    SinusoidalTransform,
+)
 
 SHAPES = [(4,), (4,), (4,), (), ()]
 SPLINE = {"univariate": MonotonicRQSTransform, "shapes": [(8,), (8,), (7,)]}
@@ -126,3 +138,18 @@ def test_a_batch_of_bases_needs_no_batch_of_parameters():
     assert d.batch_shape == (4,)
     assert d.event_shape == (3,)
     assert d.log_prob(d.sample((5,))).shape == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("univariate", "shapes"), [(AdditiveTransform, [()]), (MonotonicAffineTransform, [(), ()])]
+)
+def test_one_row_under_a_batch_of_contexts(univariate, shapes):
+    lazy = LazyTriangular(MaskedNetwork(3, 2, len(shapes)), 3, univariate, shapes)
+    x, c = torch.randn(3), torch.randn(5, 2)
+    y, ladj = lazy(c).call_and_ladj(x)
+    assert y.shape == (5, 3)
+    assert ladj.shape == (5,)
+    expected = [lazy(row).call_and_ladj(x) for row in c]
+    assert torch.allclose(y, torch.stack([row for row, _ in expected]))
+    assert torch.allclose(ladj, torch.stack([row for _, row in expected]))
+    assert torch.allclose(lazy(c).inv(y), x.expand(5, 3), atol=1e-5)
