@@ -63,7 +63,7 @@ class Bijection(Transform):
     used only for a tensor that this transform has returned, in the same modes (gradients,
     inference, autocast, training), before the next step of any optimizer, and only as long as
     neither the pair nor the parameters have changed. The cache does not notice changes through
-    ``.data``, nor by replays of a CUDA graph.
+    ``.data``, by replays of a CUDA graph, of global variables, or of numpy arrays.
     """
 
     bijective = True

@@ -114,6 +114,11 @@ NOTES = {
     "that the explicit direction reads no values; "
     "`test_devices.py::test_samples_read_no_values_during_the_capture_of_a_graph` shows it for "
     "inverses.",
+    "inside": "If the log-density or the sample is also computed inside the call. A distribution "
+    "`flow(c)` that leaves it has new parameters in some parts, and the module's own in others, as "
+    "those of zuko's flows do.",
+    "batch": "Like zuko's transforms, those of a flow do not tell the batch shape of the context: "
+    "expand the base to it. `ConditionalLDU.condition` does tell it.",
     "device": "The check replicates the module as `DataParallel` does on each device, on the CPU.",
 }
 ANY = tuple(SUBJECTS)
@@ -131,6 +136,8 @@ class Cell(NamedTuple):
 
 # The cells that say something else than yes.
 CELLS: dict[tuple[str, str], Cell] = {
+    **{("transformed_distribution", c): Cell("yes", ("batch",)) for c in MODULES},
+    **{("functional_call", c): Cell("yes", ("inside",)) for c in MODULES},
     **{("neutra", c): Cell("–") for c in TENSORS},
     **{("neutra", c): Cell("no", ("guide",), "transforms must be a Transform") for c in MODULES},
     **{("conditional", c): Cell("–") for c in ANY if c != "ConditionalLDU"},
