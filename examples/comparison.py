@@ -75,7 +75,8 @@ def stem_of(data: str, flow: str, choice: Choice, seed: int, args: argparse.Name
     """Returns where the results of a fit are, without the suffix."""
     spent = f"{args.steps} steps" if args.seconds is None else f"{args.seconds:g} s"
     rate, width = choice
-    name = f"{data}, {flow}, {width} units, {spent}, rate {rate:g}, seed {seed}"
+    clip = f"clip {args.clip:g}"
+    name = f"{data}, {flow}, {width} units, {spent}, {clip}, rate {rate:g}, seed {seed}"
     # A dot would begin the suffix.
     return args.out / "fits" / name.replace(".", "-")
 
@@ -92,7 +93,7 @@ def run(data: str, flow: str, choice: Choice, seed: int, args: argparse.Namespac
     steps = args.steps
     if args.seconds is not None:
         steps = afford(args.seconds, make, rows, checkpoint)
-    budget = Budget(steps, lr=rate, patience=steps / 3)
+    budget = Budget(steps, lr=rate, patience=steps / 3, clip=args.clip)
     torch.manual_seed(seed)
     fitted = fit(stem.name, make(rows.train.shape[1]), rows, budget, checkpoint)
     score, error = evaluate(fitted, rows.test)
@@ -226,6 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--seconds", type=float, help="processor time of each flow, instead of steps"
+    )
+    parser.add_argument(
+        "--clip", type=float, default=10.0, help="largest norm of a gradient (default: %(default)s)"
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=[*REAL], help="data sets")
     parser.add_argument("--data-root", type=Path, help="folder of 'uci.npz' and 'bsds300.npz'")
