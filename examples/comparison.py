@@ -2,9 +2,9 @@
 
 Each flow is fitted with all learning rates and widths of short lists from the first seed. The other
 seeds take those that validate best. All flows have the same batch size, optimizer and early
-stopping.
-For each data set, the script prints the mean test NLL over seeds with its standard error, in nats
-of standardized features, and the time of a training step and of samples, in training steps of MAF.
+stopping. For each data set, the script prints the mean test NLL over seeds with its standard error,
+in nats of standardized features, and the time of a training step and of samples, in training steps
+of MAF.
 
 The tables of the UCI repository and BSDS300 are read from the folder '--data-root'. Finished fits
 are kept in the folder '--out' and are not repeated.
@@ -176,7 +176,8 @@ def show(results: Results, args: argparse.Namespace) -> None:
         fits = [results[data, flow] for flow in args.flows]
         steps.append([data, *(f"{mean(f['steps'] for f in seeds):,.0f}" for seeds in fits)])
         rates.append([data, *(f"{seeds[0]['rate']:g}" for seeds in fits)])
-        widths.append([data, *(f"{seeds[0]['units']}" for seeds in fits)])
+        units = (results[data, f][0]["units"] if can_resize(f) else "-" for f in args.flows)
+        widths.append([data, *map(str, units)])
     scores.append(["first or level", *(f"{n} of {len(args.data)}" for n in leads.values())])
     for title, table in (
         ("test NLL", scores),
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         nargs="+",
         default=[64],
-        help="units of both hidden layers to try; other flows than zuko's and ours have 64",
+        help="units of both hidden layers to try; flows of Pyro and normflows have their own",
     )
     parser.add_argument(
         "--steps", type=int, default=400, help="of each flow, at most (default: %(default)s)"
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Left out, because normflows is not installed: {', '.join(missing)}.")
         args.flows = [name for name in args.flows if name not in missing]
     if args.widths != [64] and (fixed := [name for name in args.flows if not can_resize(name)]):
-        parser.error(f"--widths should be 64 for {', '.join(fixed)}.")
+        parser.error(f"--widths is not an option of {', '.join(fixed)}.")
     results = fit_all(args)
     show(results, args)
     show_costs({data: costs(data, results, args) for data in args.data}, args)

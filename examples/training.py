@@ -173,7 +173,7 @@ def tune(
     score: Callable[[dict[str, Any]], float],
     jobs: int = 1,
 ) -> dict[Any, list[dict[str, Any]]]:
-    """Chooses a learning rate, or other options, by the first seed, and runs the other seeds so.
+    """Chooses a learning rate, or other options, by the first seed, for the other seeds.
 
     Args:
         run: A function that runs a fit and returns its results, given the entries of a key, one of

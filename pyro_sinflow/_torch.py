@@ -178,7 +178,7 @@ def _contents(value: Any) -> list[Any] | None:
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, MethodType):
-        return [value.__self__]
+        return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
         cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]  # not empty
         defaults = (value.__defaults__ or ()), (value.__kwdefaults__ or {}).values()
@@ -280,11 +280,6 @@ def shallow_copy(module: M) -> M:
         if isinstance(value, dict | set):
             vars(new)[name] = copy(value)
     return new
-
-
-def is_replaced(parameter: Tensor) -> bool:
-    """Whether another tensor is in the place of a module's parameter."""
-    return not isinstance(parameter, nn.Parameter)
 
 
 def replace_parameter(module: nn.Module, key: str, value: Tensor) -> None:

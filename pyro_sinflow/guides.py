@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
 from . import _validate as check
-from ._torch import can_branch_on, is_replaced, replace_parameter, without_autocast
+from ._torch import can_branch_on, replace_parameter, without_autocast
 from .bijection import at_least_float32
 from .block import ConditionalLDU
 from .element_wise import FASTER
@@ -128,6 +128,7 @@ class AutoLDU(AutoContinuous):
         ConditionalLDU(2, **self._options)  # checks the options before the model is run
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._plain_model: Any = (model,)  # until the first call; without init_loc_fn
+        self._replaced: dict[str, nn.Parameter] = {}  # by handlers in the latest call
 
     def __getstate__(self) -> dict[str, Any]:
         self._plain_model = None  # as Pyro leaves out the model
@@ -211,23 +212,31 @@ class AutoLDU(AutoContinuous):
         """Registers the parameters in Pyro's store, or takes those that are already there.
 
         The store may hold other tensors than this guide, for example after it was loaded from a
-        file, or if the guide is a copy. A frozen guide keeps its own.
+        file, or if the guide is a copy. Frozen parameters stay as they are. Handlers may replace
+        parameters, for this call only.
         """
         flow, prefix = self._flow(), self._pyro_get_fullname("flow")
-        store = pyro.get_param_store()
-        for key, parameter in flow.named_parameters():
-            if is_replaced(parameter):  # by a handler, in an earlier call
-                replace_parameter(flow, key, store[param_with_module_name(prefix, key)])
-        if not any(p.requires_grad for p in flow.parameters()):
+        for key, parameter in self._replaced.items():
+            replace_parameter(flow, key, parameter)
+        self._replaced = {}
+        named = [(k, p) for k, p in flow.named_parameters() if p.requires_grad]
+        if not named:
             return
         if pyro.settings.get("module_local_params"):
-            for key, parameter in flow.named_parameters():
+            for key, parameter in named:
                 _announce(param_with_module_name(prefix, key), parameter)
             return
+        store = pyro.get_param_store()
         name = param_with_module_name(prefix, "affine")
         if name in store and store[name] is not flow.affine:
             self._check_store()
-        pyro.module(prefix, flow, update_module_params=True)
+        for key, parameter in named:
+            name = param_with_module_name(prefix, key)
+            value = pyro.param(name, parameter)
+            if value is not parameter:
+                replace_parameter(flow, key, value)
+                if name not in store or store[name] is not value:
+                    self._replaced[key] = parameter
         if flow.whitening is not None:  # in the store, but not a site that optimizers see
             name = param_with_module_name(prefix, "whitening")
             stored = store.setdefault(name, flow.whitening.clone)

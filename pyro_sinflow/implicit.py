@@ -23,7 +23,7 @@ from torch.autograd import Function
 from ._torch import can_branch_on, can_fuse, depends_on_more, honours_torch_function
 from .autoregressive import AutoregressiveMap, FrozenInverse
 from .bijection import inverse
-from .nilpotent import cut_off, events_within, largest, nilpotent_iteration
+from .nilpotent import events_within, largest, nilpotent_iteration, zero_lost
 from .solvers import Solver, record
 
 
@@ -95,7 +95,7 @@ def _root(
             with torch.no_grad():
                 x = frozen.sequential()
             record("triangular", 1, x.numel())
-            return cut_off(x, function.event_dim)
+            return zero_lost(x, function.event_dim, "triangular")
     return nilpotent_iteration(
         step,
         y if banach else torch.zeros_like(y),

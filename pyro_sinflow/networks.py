@@ -11,6 +11,7 @@ from torch import Size, Tensor, nn
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from . import _validate as check
+from ._torch import can_branch_on
 from .masks import (
     check_adjacency,
     check_order,
@@ -314,6 +315,8 @@ class MaskedNetwork(nn.Module):
 
 def _count_passes(network: MaskedNetwork, _: Any) -> None:
     """Takes the number of passes from the masks, which may be loaded from another network."""
-    if (mlp := network.mlp) is not None:
-        ranks = feature_ranks(mlp, mlp.in_features, network.features.numel())
-        network.passes = 1 + int(ranks.max())
+    mlp, features = network.mlp, network.features.numel()
+    if mlp is not None:
+        network.passes = features  # always enough
+        if can_branch_on(*mlp.buffers()):
+            network.passes = 1 + int(feature_ranks(mlp, mlp.in_features, features).max())

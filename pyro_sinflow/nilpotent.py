@@ -15,7 +15,7 @@ import torch
 from pyro.distributions import is_validation_enabled
 from torch import Tensor
 
-from .solvers import InversionError, InversionWarning, Solver, missed, record
+from .solvers import InversionError, InversionWarning, Solver, left_range, missed, record
 
 _UNTESTED = 5  # the largest number of passes that are done without tests in between
 
@@ -30,22 +30,22 @@ def largest(dtype: torch.dtype) -> float:
 
 
 def events_within(x: Tensor, event_dim: int, bound: float) -> Tensor:
-    """Returns a mask of the events below a bound, with as many dimensions as x."""
+    """Returns which events have magnitudes below a bound, with as many dimensions as x."""
     return (x.abs() < bound).all(dim=tuple(range(-event_dim, 0)), keepdim=True)  # False for NaN
 
 
-def cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor | None]:
-    """Finds the events that leave the range of their dtype.
+def zero_lost(x: Tensor, event_dim: int, problem: str) -> tuple[Tensor, Tensor | None]:
+    """Puts zeros in the place of events that leave the range of their dtype.
 
     Returns:
-        x, with zeros in place of these events, and a mask of the others, with as many dimensions
-        as x, or :py:`None` if there are none.
+        x with zeros in such events, and a mask of the other events, with as many dimensions as x.
+        If no event leaves the range, x and :py:`None`.
 
     Raises:
-        InversionError: If every event is out of range, and Pyro's validation is on.
+        InversionError: If every event leaves the range while Pyro's validation is on.
 
     Warns:
-        InversionWarning: If some events are out of range, or all of them with validation off: MCMC
+        InversionWarning: If some events leave the range, or all of them with validation off: MCMC
             switches it off, and rejects a state whose density is NaN.
     """
     bound = largest(x.dtype)
@@ -53,11 +53,7 @@ def cut_off(x: Tensor, event_dim: int) -> tuple[Tensor, Tensor | None]:
         return x, None
     inside = events_within(x, event_dim, bound)
     lost = inside.numel() - int(inside.sum())
-    message = (
-        f"The inverse of a triangular map leaves the range of {x.dtype} in {lost} of "
-        f"{inside.numel()} events: the map is not finite there, or its slopes are too extreme. "
-        "Bounded activations, such as torch.nn.Tanh, or float64 may help."
-    )
+    message = left_range(problem, x.dtype, lost, inside.numel())
     if lost == inside.numel() and is_validation_enabled():
         raise InversionError(message)
     warnings.warn(f"{message} They are set to NaN.", InversionWarning, stacklevel=2)
@@ -85,14 +81,14 @@ def nilpotent_iteration(
         trusted: Whether the step is known to be nilpotent.
 
     Returns:
-        The fixed point and, as :func:`cut_off` does, a mask of the events in range, or
+        The fixed point and, as :func:`zero_lost` does, a mask of the events in range, or
         :py:`None`.
 
     Raises:
-        InversionError: If the step is not nilpotent, or as :func:`cut_off` does.
+        InversionError: If the step is not nilpotent, or as :func:`zero_lost` does.
 
     Warns:
-        InversionWarning: As :func:`cut_off` does, or if the tolerance is missed because
+        InversionWarning: As :func:`zero_lost` does, or if the tolerance is missed because
             ``solver.max_iter`` is small.
     """
     if trusted and bound <= _UNTESTED and solver.max_iter is None:
@@ -109,10 +105,10 @@ def nilpotent_iteration(
         return x, None
     is_exact = limit >= bound
     if prod(x.shape[x.ndim - event_dim :]) <= 1 or (trusted and is_exact):
-        return cut_off(new, event_dim)
+        return zero_lost(new, event_dim, problem)
     # One more pass shows whether x is exact, as it should be.
     with torch.no_grad():
-        new, inside = cut_off(step(x), event_dim)
+        new, inside = zero_lost(step(x), event_dim, problem)
     change = (new - x).abs() / (1 + new.abs())
     error = float((change if inside is None else change.where(inside, 0.0)).max())
     if not error <= tolerance:

@@ -37,7 +37,7 @@ class InversionError(RuntimeError):
 
 
 class InversionWarning(UserWarning):
-    """An inverse stopped before it reached its tolerance."""
+    """An inverse missed its tolerance, or some of its values leave the range of the dtype."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,26 @@ def record(problem: str, iterations: int, elements: int) -> None:
             records.append(Inversion(problem, iterations, elements))
 
 
+_WHAT = {
+    "sinusoid": "inverse of a sinusoidal map",
+    "triangular": "inverse of a triangular map",
+    "adjoint": "gradient of the inverse of a triangular map",
+}
+
+
+def left_range(problem: str, dtype: torch.dtype, lost: int, count: int) -> str:
+    """Returns the message that events leave the range of a dtype."""
+    return (
+        f"The {_WHAT[problem]} leaves the range of {dtype} in {lost} of {count} events: the map is "
+        "not finite there, or its slopes are too extreme. Bounded activations, such as "
+        "torch.nn.Tanh, or float64 may help."
+    )
+
+
 def missed(problem: str, worst: float, tolerance: float, iterations: int) -> str:
     """Returns the message that a solver missed its tolerance."""
-    what = {
-        "sinusoid": "inverse of a sinusoidal map",
-        "triangular": "inverse of a triangular map",
-        "adjoint": "gradient of the inverse of a triangular map",
-    }
     return (
-        f"The {what[problem]} stopped after {iterations} iterations with a relative "
+        f"The {_WHAT[problem]} stopped after {iterations} iterations with a relative "
         f"error of {worst:.2g}, while its tolerance is {tolerance:.2g}."
     )
 

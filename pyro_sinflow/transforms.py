@@ -62,7 +62,8 @@ class TriangularTransform(Bijection):
             a transform.
         ValueError: If a size is not positive, or ``cache_size`` is neither 0 nor 1.
         InversionError: When the inverse is called: if the map is not triangular or not
-            deterministic, or if all events leave the range of the dtype.
+            deterministic, or if all events leave the range of the dtype while Pyro's validation
+            is on.
 
     Example:
         >>> weight = torch.randn(3, 3).tril(-1)
@@ -104,8 +105,8 @@ class TriangularTransform(Bijection):
         return self.map(x)(x)
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if batch := self.map.batch_shape:  # zuko's transforms do not broadcast log-determinants
-            cut = x.ndim - self._event_dim
+        batch, cut = self.map.batch_shape, x.ndim - self._event_dim
+        if batch and batch != x.shape[:cut]:  # zuko's transforms do not broadcast log-determinants
             x = x.expand(check.broadcast(x=x.shape[:cut], context=batch) + x.shape[cut:])
         return call_and_ladj(self.map(x), x, self._event_dim)
 

@@ -1,6 +1,7 @@
 """Networks and flows with a dependency structure of the user's."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -210,6 +211,15 @@ def test_loading_the_weights_of_another_adjacency(rows):
     flat, z = copy.deepcopy(flat), torch.randn(rows, 8)
     assert residual(flat().transform, flat().transform.inv(z), z) <= 1e-4
     assert torch.equal(flat().transform.inv(z), deep().transform.inv(z))
+
+
+def test_masks_without_values_take_as_many_passes_as_there_are_features():
+    network = MaskedNetwork(5, adjacency=GRAPHS["tree"])
+    state = network.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it copies nothing
+        network.to("meta").load_state_dict(state)
+    assert network.passes == 5
 
 
 @pytest.mark.parametrize(

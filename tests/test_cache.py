@@ -229,7 +229,16 @@ def with_attribute(weight):
     return f
 
 
+def method(weight):
+    class Holder:
+        def at(self, x, w=weight):
+            return shifted(w, x)
+
+    return Holder().at
+
+
 CLOSURES = {
+    "default of a method": method,
     "function": lambda weight: lambda x: shifted(weight, x),
     "default": lambda weight: lambda x, w=weight: shifted(w, x),
     "keyword": lambda weight: lambda x, *, w=weight: shifted(w, x),

@@ -147,32 +147,61 @@ def test_stored_parameters_of_another_guide_are_refused():
         pyro.clear_param_store()
 
 
-@pytest.mark.filterwarnings("ignore:affine was not registered:UserWarning")
 def test_a_partly_frozen_guide_trains_the_others():
     guide = Small(correlated)
     guide()
     guide._flow().affine.requires_grad_(False)
     before = copy.deepcopy(guide.state_dict())
-    fit(correlated, guide, steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(correlated, guide, steps=2)
     same = [name for name, p in guide.named_parameters() if torch.equal(p, before[name])]
     assert same == ["flow.affine"]
 
 
-def test_lifted_parameters_are_used_once():
-    """A handler may replace parameters in a call, and the next call has the stored ones."""
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("cleared", [False, True])
+def test_lifted_parameters_are_used_once(first, cleared):
+    """A handler may replace parameters in a call, and the next call has the guide's own."""
     guide = Small(correlated)
-    guide()
-    own = dict(guide._flow().named_parameters())
-    z = torch.randn(5, 3)
-    expected = guide.get_transform()(z)
-    priors = {key: dist.Normal(p.detach(), 0.1).to_event() for key, p in own.items()}
+    keys = ["affine", "blocks.0.diagonal.parameter"]
+    shapes = [(5, 3), (3, 4, 14)]
+    priors = {
+        key: dist.Normal(torch.zeros(shape), 0.1).to_event()
+        for key, shape in zip(keys, shapes, strict=True)
+    }
+    if not first:
+        guide()
+        own = dict(guide._flow().named_parameters())
     lifted = poutine.trace(poutine.lift(guide, prior=priors)).get_trace()
-    assert sum(node["type"] == "sample" for node in lifted.nodes.values()) > len(own)
-    assert not torch.equal(guide.get_transform()(z), expected)
+    used = dict(guide._flow().named_parameters())
+    for key in keys:
+        (node,) = (n for name, n in lifted.nodes.items() if name.endswith(f"$$${key}"))
+        assert node["type"] == "sample"
+        assert used[key] is node["value"]
+    if cleared:
+        pyro.clear_param_store()
     trace = poutine.trace(guide).get_trace()
-    assert sum(node["type"] == "param" for node in trace.nodes.values()) == len(own)
-    assert torch.equal(guide.get_transform()(z), expected)
-    assert all(p is own[key] for key, p in guide._flow().named_parameters())
+    now = dict(guide._flow().named_parameters())
+    assert sum(node["type"] == "param" for node in trace.nodes.values()) == len(now)
+    assert all(isinstance(p, torch.nn.Parameter) for p in now.values())
+    if not first:
+        assert all(p is own[key] for key, p in now.items())
+
+
+@pytest.mark.parametrize("kind", ["frozen", "local"])
+def test_a_functional_call_takes_its_parameters(kind):
+    with pyro.settings.context(module_local_params=kind == "local"):
+        guide = Small(correlated)
+        guide()
+        guide.requires_grad_(kind == "local")
+        moved = {name: p.detach().clone() for name, p in guide.named_parameters()}
+        moved["flow.affine"][0] += 10.0  # in units of the whitening, a shift of 100
+        before = guide()["x"]
+        after = torch.func.functional_call(guide, moved, ())["x"]
+        again = guide()["x"]
+    assert (after - before).abs().max() > 30
+    assert (again - before).abs().max() < 15
 
 
 def test_a_converted_guide_keeps_its_map():
