@@ -2,8 +2,8 @@
 
 For each conditioner, the script fits the default and variants with one change, from several seeds.
 It prints the validation NLL of the default in nats, and the difference of each variant to it with
-its standard error over seeds. Negative differences are improvements. An interrupted run continues
-from its last validation.
+its standard error over seeds. Negative differences are improvements. The last column is the time of
+a gradient, in gradients of the default. An interrupted run continues from its last validation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from comparison import DATA, REAL
 from contenders import density
+from data import Data
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
-from training import Budget, arguments, evaluate, fit, print_table
+from training import Budget, arguments, evaluate, fit, print_table, seconds
 from zuko.lazy import Flow, LazyComposedTransform, LazyTransform, UnconditionalTransform
 from zuko.transforms import AdditiveTransform, ComposedTransform
 
@@ -215,7 +216,18 @@ def cases(conditioner: str) -> dict[str, Case]:
     return found
 
 
-def show(conditioner: str, scores: dict[str, Scores]) -> None:
+def slowdown(make: Callable[[int], Flow], default: Callable[[int], Flow], data: Data) -> float:
+    """Returns the time of a gradient of a flow, in gradients of the default."""
+    rows = data.train[:128]
+
+    def pace(make: Callable[[int], Flow]) -> float:
+        flow = make(rows.shape[1])
+        return seconds(lambda: flow().log_prob(rows).mean().backward(), 10)
+
+    return pace(make) / pace(default)
+
+
+def show(conditioner: str, scores: dict[str, Scores], times: dict[str, float]) -> None:
     """Prints the table of a conditioner."""
 
     def cell(change: str, name: str) -> str:
@@ -228,7 +240,10 @@ def show(conditioner: str, scores: dict[str, Scores]) -> None:
         return f"{mean(differences):+.2f} ± {stdev(differences) / len(differences) ** 0.5:.2f}"
 
     names = [*scores["no change"]]
-    print_table((conditioner, *names), [[c, *(cell(c, n) for n in names)] for c in scores])
+    rows = [
+        [change, *(cell(change, n) for n in names), f"{times[change]:.2f}"] for change in scores
+    ]
+    print_table((conditioner, *names, "time"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -256,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = {name: DATA[name](args.data_root) for name in args.data}
     results: dict[str, dict[str, Scores]] = {}
     for conditioner in args.conditioners:
-        results[conditioner] = {}
+        results[conditioner], times = {}, {}
         for change, case in cases(conditioner).items():
             if args.changes and change not in ("no change", *args.changes):
                 continue
@@ -271,7 +286,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                     path = args.out / f"{said}.pt"
                     fit(said, flow, data, budget, path, case.groups(flow))
                     scores[name].append(-evaluate(flow, data.validation)[0])
-        show(conditioner, results[conditioner])
+            times[change] = mean(
+                slowdown(case.make, DEFAULTS[conditioner], d) for d in sets.values()
+            )
+        show(conditioner, results[conditioner], times)
         (args.out / "ablation.json").write_text(json.dumps(results, indent=2))
     print(f"\nWritten to {args.out}")
 
