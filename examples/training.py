@@ -119,7 +119,12 @@ def fit(
             rows = torch.randint(len(data.train), (budget.batch,))
             batch.copy_(data.train[rows.to(batch.device)])
             flow.train()
-            take()
+            try:
+                take()
+            except ValueError:  # torch.distributions raises it for values that are not finite
+                if step == 0:
+                    raise
+                break  # the fit has diverged
             if budget.average:
                 averaged.update_parameters(flow)
             schedule.step()

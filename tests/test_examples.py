@@ -162,6 +162,35 @@ def test_an_interrupted_fit_resumes(training, start, tmp_path, monkeypatch, opti
     assert all(torch.equal(value, expected[key]) for key, value in finished.state_dict().items())
 
 
+@pytest.mark.parametrize("failing", [1, 4])
+def test_a_fit_that_diverges_keeps_the_best_weights(training, start, monkeypatch, failing):
+    taken, validated, original = [], [], training.likelihood_step
+
+    def likelihood_step(*args):
+        def take():
+            taken.append(None)
+            if len(taken) == failing:
+                raise ValueError("values that are not finite")
+            return step()
+
+        step = original(*args)
+        return take
+
+    def evaluate(flow, rows):
+        validated.append({key: value.clone() for key, value in flow.state_dict().items()})
+        return 0.0, 0.0
+
+    monkeypatch.setattr(training, "likelihood_step", likelihood_step)
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    if failing == 1:  # an error that is not of the values
+        with pytest.raises(ValueError, match="not finite"):
+            start()
+        return
+    weights = start().state_dict()
+    assert len(validated) == 1  # after two steps
+    assert all(torch.equal(value, validated[0][key]) for key, value in weights.items())
+
+
 def test_a_fit_averages_weights(training, start, monkeypatch):
     monkeypatch.setattr(training, "evaluate", lambda flow, rows: (float(flow.training), 0.0))
     plain, short = start(steps=2).state_dict(), start(steps=1).state_dict()
