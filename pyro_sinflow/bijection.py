@@ -63,7 +63,8 @@ class Bijection(Transform):
     used only for a tensor that this transform has returned, in the same modes (gradients,
     inference, autocast, training), before the next step of any optimizer, and only as long as
     neither the pair nor the parameters have changed. The cache does not notice changes through
-    ``.data``, by replays of a CUDA graph, of global variables, or of numpy arrays.
+    ``.data`` or by replays of a CUDA graph, nor those of global variables, of numpy arrays and of
+    objects with ``__slots__``.
     """
 
     bijective = True
