@@ -18,12 +18,12 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
-from comparison import DATA, REAL
+from comparison import DATA, REAL, step_time
 from contenders import density
 from data import Data
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
-from training import Budget, arguments, evaluate, fit, print_table, seconds
+from training import Budget, arguments, evaluate, fit, print_table
 from zuko.lazy import Flow, LazyComposedTransform, LazyTransform, UnconditionalTransform
 from zuko.transforms import AdditiveTransform, ComposedTransform
 
@@ -219,12 +219,8 @@ def cases(conditioner: str) -> dict[str, Case]:
 def slowdown(make: Callable[[int], Flow], default: Callable[[int], Flow], data: Data) -> float:
     """Returns the time of a gradient of a flow, in gradients of the default."""
     rows = data.train[:128]
-
-    def pace(make: Callable[[int], Flow]) -> float:
-        flow = make(rows.shape[1])
-        return seconds(lambda: flow().log_prob(rows).mean().backward(), 10)
-
-    return pace(make) / pace(default)
+    flow, unit = make(rows.shape[1]), default(rows.shape[1])
+    return step_time(flow, rows, 10) / step_time(unit, rows, 10)
 
 
 def show(conditioner: str, scores: dict[str, Scores], times: dict[str, float]) -> None:

@@ -51,7 +51,7 @@ class AutoregressiveMap:
     """
 
     features: Size | None = None  # the shape of an event, if it is known
-    batch_shape = Size()  # of the context
+    context_shape = Size()  # the batch shape of the context
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class NetworkMap(AutoregressiveMap):
     def __post_init__(self) -> None:
         self.event_dim = len(self.features)
         if self.c is not None:
-            self.batch_shape = self.c.shape[:-1]
+            self.context_shape = self.c.shape[:-1]
 
     def __repr__(self) -> str:
         context = "" if self.c is None else f", context: {tuple(self.c.shape)}"

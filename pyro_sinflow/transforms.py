@@ -105,7 +105,7 @@ class TriangularTransform(Bijection):
         return self.map(x)(x)
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        batch, cut = self.map.batch_shape, x.ndim - self._event_dim
+        batch, cut = self.map.context_shape, x.ndim - self._event_dim
         if batch and batch != x.shape[:cut]:  # zuko's transforms do not broadcast log-determinants
             x = x.expand(check.broadcast(x=x.shape[:cut], context=batch) + x.shape[cut:])
         return call_and_ladj(self.map(x), x, self._event_dim)

@@ -10,25 +10,13 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from tqdm import trange
 
-from pyro_sinflow import fast_inverse, record_inversions
+from pyro_sinflow import fast_inverse
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from comparison import DATA
 from contenders import FLOWS
-from training import Budget, fit, print_table
-
-
-@torch.no_grad()
-def passes_of_rows(flow, rows):
-    """Returns the passes that each row takes by itself, with shape (rows, triangular maps)."""
-    found = []
-    for _ in trange(rows, desc="rows"):
-        with record_inversions() as inversions:
-            flow().sample((1,))
-        found.append([i.iterations for i in inversions if i.problem == "triangular"])
-    return torch.tensor(found, dtype=torch.float64)
+from training import Budget, fit, passes, print_table
 
 
 def main(argv=None):
@@ -52,9 +40,9 @@ def main(argv=None):
             budget = Budget(args.steps, lr=6e-3)
             make = FLOWS[kind]
             flow = fit(said, make(data.train.shape[1]), data, budget, args.out / f"{said}.pt")
-            found = passes_of_rows(
-                flow if kind.startswith("Sinusoidal") else fast_inverse(flow), args.rows
-            )
+            flow = flow if kind.startswith("Sinusoidal") else fast_inverse(flow)
+            taken = passes(said, flow, batches=args.rows, size=1)
+            found = torch.tensor(taken).double().view(args.rows, -1)  # for each map
             batch = found.amax(0)  # of each map
             saved = mean((1 - found.mean(0) / batch).tolist())
             table.append([said, f"{found.mean():.1f}", f"{batch.mean():.1f}", f"{saved:.0%}"])
