@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,24 +109,30 @@ def free(flow: Flow, kind: type[nn.Module]) -> list[dict[str, nn.Parameter]]:
     return [dict(module.named_parameters(recurse=False)) for module in modules]
 
 
+def starts(flow: Flow) -> Iterator[Tensor]:
+    """Yields the initial parameters of all sinusoids: free ones, and biases of networks."""
+    for module in flow.modules():
+        if isinstance(module, LazySinusoids):
+            yield module.parameter.data
+        elif isinstance(module, LazyTriangular) and len(module.shapes) == 3:
+            bias = module.network.bias.data.unflatten(0, (-1, module.outputs))
+            yield bias[:, 2:].unflatten(1, module.shapes[2])
+
+
 def wave(flow: Flow, factor: float) -> Flow:
     """Multiplies the initial frequencies of sinusoids."""
-    with torch.no_grad():
-        for chain in free(flow, LazySinusoids):
-            parameter = chain["parameter"]
-            frequency = parameter[..., : parameter.shape[-1] // 3]
-            frequency.copy_((factor * nn.functional.softplus(frequency)).expm1().log())
+    for parameter in starts(flow):
+        frequency = parameter[..., : parameter.shape[-1] // 3]
+        frequency.copy_((factor * nn.functional.softplus(frequency)).expm1().log())
     return flow
 
 
 def normal(flow: Flow, what: str) -> Flow:
     """Draws initial frequencies and phases, or alpha, from normal distributions."""
-    with torch.no_grad():
-        for chain in free(flow, LazySinusoids):
-            parameter = chain["parameter"]
-            k = parameter.shape[-1] // 3
-            part = slice(2 * k) if what == "waves" else slice(3 * k, 3 * k + 1)
-            parameter[..., part] = torch.randn_like(parameter[..., part])
+    for parameter in starts(flow):
+        k = parameter.shape[-1] // 3
+        part = slice(2 * k) if what == "waves" else slice(3 * k, 3 * k + 1)
+        parameter[..., part] = torch.randn_like(parameter[..., part])
     return flow
 
 
@@ -192,8 +198,6 @@ def cases(conditioner: str) -> dict[str, Case]:
     found |= {
         name: Case(make, replace(default.budget, **changes)) for name, changes in BUDGETS.items()
     }
-    if conditioner == "default":
-        return found | {"five affine maps, with free sinusoids": Case(hybrid)}
     for name, factor in (("half the frequencies", 0.5), ("twice the frequencies", 2.0)):
         found[name] = Case(lambda features, factor=factor: wave(make(features), factor))
     for name, what in (
@@ -201,6 +205,8 @@ def cases(conditioner: str) -> dict[str, Case]:
         ("normal initial residual weights", "alpha"),
     ):
         found[name] = Case(lambda features, what=what: normal(make(features), what))
+    if conditioner == "default":
+        return found | {"five affine maps, with free sinusoids": Case(hybrid)}
     found["no affine map"] = Case(lambda features: without_affine(make(features), features))
     for name, kind, factor in (
         ("sinusoids learn 5 times faster", LazySinusoids, 5.0),
