@@ -60,6 +60,8 @@ class FastInverse(Lazy):
 
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""
+        if c is not None:
+            check.finite_context(c)
         lazy = self.transform
         t = check.instance("transform(c)", lazy(c), AutoregressiveTransform)
         # Whether the transformation evaluates the network in the way of zuko's class.

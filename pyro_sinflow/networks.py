@@ -38,7 +38,8 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
     else:
         check.finite_context(c)
         check.event("context", c, Size([context]))
-        check.dtype("context", c, dtype)
+        if c.is_floating_point():
+            check.dtype("context", c, dtype)
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:

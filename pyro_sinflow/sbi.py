@@ -17,6 +17,7 @@ from torch.distributions import Distribution, Transform
 from zuko.lazy import Flow, LazyTransform
 
 from . import _validate as check
+from .element_wise import Asinh
 from .flows import SinusoidalFlow
 
 _PRIOR_SAMPLES = 1000  # as many as sbi draws for its own flows
@@ -91,7 +92,7 @@ def posterior_nn(
 
 def variational_family(
     prior: Distribution,
-    build: Callable[[int], Flow] = SinusoidalFlow,
+    build: Callable[[int], Flow] = partial(SinusoidalFlow, tails=False),
     *,
     z_score_theta: str | None = "independent",
 ) -> Callable[..., nn.Module]:
@@ -105,8 +106,10 @@ def variational_family(
     Args:
         prior: The prior of the parameters.
         build: The constructor of the flow, called with the number of parameters:
-            :class:`~pyro_sinflow.SinusoidalFlow`, or ``functools.partial`` of it with other
-            options. The base of the flow should be a standard normal distribution.
+            ``functools.partial`` of :class:`~pyro_sinflow.SinusoidalFlow` with ``tails=False`` and
+            other options, or one of zuko's. With ``tails``, the flow turned around would have
+            tails so thin that the density of draws from the prior may be zero. The base of the flow
+            should be a standard normal distribution.
         z_score_theta: How unconstrained parameters are standardized: ``"independent"``, each by
             itself; ``"structured"``, all by one mean and deviation; ``"none"`` or :py:`None`, not
             at all.
@@ -119,7 +122,8 @@ def variational_family(
     Raises:
         ModuleNotFoundError: If sbi is not installed.
         TypeError: If ``prior`` is not a distribution, or ``build`` not callable.
-        ValueError: If the option of z-scoring is unknown.
+        ValueError: If the option of z-scoring is unknown, or when the function is called: if the
+            flow has ``tails``.
 
     Example:
         >>> from pyro_sinflow.sbi import variational_family
@@ -187,6 +191,8 @@ def _variational(
     from sbi.samplers.vi.vi_utils import TransformedZukoFlow
 
     flow = build(event_shape.numel())
+    if any(getattr(lazy, "f", None) is Asinh for lazy in flow.modules()):
+        raise ValueError("'build' should make a flow with tails=False, got one with tails=True.")
     with torch.no_grad():
         theta: Any = link_transform.inv(prior.sample(Size([_PRIOR_SAMPLES])))
     first = _standardize(theta, z_score_theta)

@@ -57,6 +57,26 @@ def test_a_large_context_needs_no_more_than_its_weights(name):
     assert largest.size <= max(weights, rows * (context + 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("name", FLOWS)
+def test_integers_are_converted_as_in_zuko(name, kind, dtype):
+    flow = perturb(FLOWS[name](3).to(dtype), 0.1)
+    labels, x = torch.eye(3)[[0, 2, 1]], features(name, 3).to(dtype)
+    given, converted = flow(labels.to(kind)), flow(labels.to(dtype))
+    assert torch.equal(given.log_prob(x), converted.log_prob(x))
+    torch.manual_seed(0)
+    sample = given.sample((20,))
+    torch.manual_seed(0)
+    assert torch.equal(sample, converted.sample((20,)))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_context_that_is_not_finite_is_named(name):
+    with pytest.raises(ValueError, match="'context' should be finite, got 1 NaN"):
+        FLOWS[name](2)(torch.tensor([float("nan"), 0.0])).log_prob(features(name))
+
+
 def test_an_image_needs_no_matrix_of_features():
     shape, rows = (1, 24, 24), 2
     flow = SinusoidalFlow(shape, transforms=1, **IMAGES)

@@ -307,7 +307,7 @@ CONDITIONALS = {
         ([0.0, 0.0], TypeError, "a tensor, got list"),
         (torch.zeros(()), ValueError, r"shape \(\*, 2\), got \(\)"),
         (torch.zeros(5, 3), ValueError, r"shape \(\*, 2\), got \(5, 3\)"),
-        (torch.zeros(2).long(), TypeError, "floating-point tensor, got torch.int64"),
+        (torch.zeros(2).cfloat(), TypeError, "floating-point tensor, got torch.complex64"),
         (torch.zeros(2).double(), TypeError, r"dtype torch\.float32, got torch\.float64"),
         (torch.tensor([NAN, 0.0]), ValueError, "finite, got 1 NaN"),
         (torch.tensor([0.0, INF]), ValueError, "finite, got 0 NaN and 1 infinite"),

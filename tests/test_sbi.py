@@ -28,6 +28,10 @@ def small(features, context=0):
     return SinusoidalFlow(features, context, transforms=1, hidden_features=(8,))
 
 
+def turned(features):
+    return SinusoidalFlow(features, transforms=1, hidden_features=(8,), tails=False)
+
+
 @pytest.fixture
 def sbi():
     return pytest.importorskip("sbi")
@@ -168,7 +172,7 @@ def test_vi_samples_in_one_pass_and_within_the_support(sbi):
     from sbi.inference import VIPosterior
 
     x = torch.tensor([[0.5, 25.0]])
-    q = variational_family(BOX, small)
+    q = variational_family(BOX, turned)
     posterior = VIPosterior(potential(BOX, x), BOX, q=q).set_default_x(x)
     with record_inversions() as inversions:
         posterior.train(
@@ -185,7 +189,7 @@ def test_vi_samples_in_one_pass_and_within_the_support(sbi):
 @pytest.mark.parametrize("score", ["independent", "structured", "none"])
 def test_samples_and_densities_of_a_variational_family_agree(sbi, score):
     link = torch.distributions.ComposeTransform([])
-    q = variational_family(PRIOR, small, z_score_theta=score)(PRIOR.event_shape, link)
+    q = variational_family(PRIOR, turned, z_score_theta=score)(PRIOR.event_shape, link)
     with torch.no_grad():
         theta, log_prob = q.sample_and_log_prob((20,))
         assert torch.allclose(q.log_prob(theta), log_prob, atol=2e-3)
@@ -193,3 +197,20 @@ def test_samples_and_densities_of_a_variational_family_agree(sbi, score):
         spread = q.sample((2000,)).std(dim=0) / SCALE
         assert (spread > 0.5).all()
         assert (spread < 2.0).all()
+
+
+@pytest.mark.parametrize("build", [None, zuko.flows.NSF])
+def test_a_variational_family_has_densities_far_from_its_samples(sbi, build):
+    # sbi discards a trained family if the density of a draw from the prior is not finite.
+    options = () if build is None else (build,)
+    link = torch.distributions.ComposeTransform([])
+    q = variational_family(PRIOR, *options)(PRIOR.event_shape, link)
+    with torch.no_grad():
+        log_prob = q.log_prob(LOC + 100 * SCALE * torch.eye(2))
+    assert (log_prob > -1e5).all()
+
+
+def test_a_variational_family_without_tails_is_asked_for(sbi):
+    q = variational_family(PRIOR, small)
+    with pytest.raises(ValueError, match="'build' should make a flow with tails=False, got one"):
+        q(PRIOR.event_shape, torch.distributions.ComposeTransform([]))
