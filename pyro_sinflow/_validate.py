@@ -45,8 +45,9 @@ def tensor(name: str, x: Any) -> None:
 def finite_context(c: Any) -> None:
     """Requires a finite tensor of real numbers, and reads its values only once.
 
-    Networks convert integers and booleans, such as one-hot codes, to their dtype. All parts of a flow check the same context, and on a GPU the host waits each time that values
-    are read. Like autograd, it does not notice changes of values through ``.data``.
+    Networks convert integers and booleans, such as one-hot codes, to their dtype. All parts of a
+    flow check the same context, and on a GPU the host waits each time that values are read. Like
+    autograd, it does not notice changes of values through ``.data``.
     """
     global _finite
     if isinstance(c, Tensor) and not c.is_floating_point() and not c.is_complex():

@@ -92,7 +92,7 @@ def posterior_nn(
 
 def variational_family(
     prior: Distribution,
-    build: Callable[[int], Flow] = partial(SinusoidalFlow, tails=False),
+    build: Callable[[int], Flow] | None = None,
     *,
     z_score_theta: str | None = "independent",
 ) -> Callable[..., nn.Module]:
@@ -107,9 +107,9 @@ def variational_family(
         prior: The prior of the parameters.
         build: The constructor of the flow, called with the number of parameters:
             ``functools.partial`` of :class:`~pyro_sinflow.SinusoidalFlow` with ``tails=False`` and
-            other options, or one of zuko's. With ``tails``, the flow turned around would have
-            tails so thin that the density of draws from the prior may be zero. The base of the flow
-            should be a standard normal distribution.
+            other options, or one of zuko's. If :py:`None`, without other options. With ``tails``,
+            the flow turned around would have tails so thin that the density of draws from the prior
+            may be zero. The base of the flow should be a standard normal distribution.
         z_score_theta: How unconstrained parameters are standardized: ``"independent"``, each by
             itself; ``"structured"``, all by one mean and deviation; ``"none"`` or :py:`None`, not
             at all.
@@ -134,9 +134,9 @@ def variational_family(
     """
     _require_sbi()
     check.instance("prior", prior, Distribution)
-    check.function("build", build)
+    make = partial(SinusoidalFlow, tails=False) if build is None else check.function("build", build)
     check.choice("z_score_theta", z_score_theta, _SCORES)
-    return partial(_variational, prior, build, z_score_theta)
+    return partial(_variational, prior, make, z_score_theta)
 
 
 def _require_sbi() -> None:
