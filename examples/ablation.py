@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from training import Budget, arguments, evaluate, fit, print_table
 from zuko.lazy import Flow, LazyComposedTransform, LazyTransform, UnconditionalTransform
-from zuko.transforms import AdditiveTransform, ComposedTransform
+from zuko.transforms import AdditiveTransform, ComposedTransform, MonotonicAffineTransform
 
 from pyro_sinflow import LazyTriangular, MaskedNetwork, SinusoidalFlow
-from pyro_sinflow.element_wise import Affine, Asinh
+from pyro_sinflow.element_wise import Asinh
 from pyro_sinflow.lazy import LazyAffine, LazySinusoids
 from pyro_sinflow.linear import Linear
 
@@ -95,7 +95,7 @@ def hybrid(features: int, transforms: int = 5) -> Flow:
         network = MaskedNetwork(features, outputs=2, order=order)
         parts += [
             UnconditionalTransform(Linear, torch.zeros(features, features)),
-            LazyTriangular(network, features, Affine, [(), ()]),
+            LazyTriangular(network, features, MonotonicAffineTransform, [(), ()]),
             LazySinusoids(torch.Size([features])),
         ]
         order = order.flip(0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from functools import partial, wraps
+from functools import partial
 from itertools import chain
 from operator import is_
 from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.modules import activation
 from torch.nn.modules import module as _module
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import wrap_torch_function
 
 try:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -39,9 +39,8 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _CAPTURING = "cuda"  # the type of the devices that capture graphs
 _is_capturing = torch.cuda.is_current_stream_capturing
 InverseTransform = _InverseTransform
+honours_torch_function = wrap_torch_function(lambda *args: args)  # for subclasses of tensors
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-P = ParamSpec("P")
-R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -95,28 +94,6 @@ def can_fuse(*tensors: Tensor) -> bool:
         if type(t) not in (Tensor, nn.Parameter):
             return False
     return can_branch_on(*tensors, captured=True)
-
-
-def differentiation_levels() -> int:
-    """Returns the number of active transforms that differentiate (grad, jvp, forward mode)."""
-    levels = int(forward_ad._current_level >= 0)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        kinds = torch._C._functorch.TransformType
-        stack = torch._C._functorch.get_interpreter_stack() or ()
-        levels += sum(i.key() in (kinds.Grad, kinds.Jvp) for i in stack)
-    return levels
-
-
-def honours_torch_function(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets tensor subclasses override a function by ``__torch_function__``."""
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling() and has_torch_function(args):
-            return handle_torch_function(call, args, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
 
 
 def vjp(

@@ -6,7 +6,6 @@ numpy has about a third of the overhead of a call of torch, which matters for sm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor
 Array = Any  # of numpy or torch
 
 _SAME = (
-    *("clip", "concatenate", "cos", "exp", "finfo", "full_like", "hypot", "log", "matmul"),
-    *("maximum", "minimum", "sin", "tanh", "where", "zeros_like"),
+    *("amax", "clip", "concatenate", "cos", "exp", "finfo", "full_like", "hypot", "log", "matmul"),
+    *("maximum", "minimum", "sin", "stack", "tanh", "where"),
 )
 
 
@@ -35,11 +34,6 @@ def _numpy_softmax(x: Any, axis: int) -> Any:
     e = np.exp(x - x.max(axis, keepdims=True))
     e /= e.sum(axis, keepdims=True)
     return e
-
-
-def _numpy_stack(arrays: Sequence[Any], axis: int = 0) -> Any:
-    index = (*axis * (slice(None),), None)  # np.stack takes twice as long
-    return np.concatenate([a[index] for a in arrays], axis)
 
 
 def _numpy_waves(x: Any, a: Any) -> Any:
@@ -76,23 +70,17 @@ def _plain_waves(x: Tensor, a: Tensor) -> Tensor:
 NUMPY = SimpleNamespace(
     **{name: getattr(np, name) for name in _SAME},
     addcmul=_numpy_addcmul,
-    amax=lambda x, axis: x.max(axis, keepdims=True),
     contiguous=np.ascontiguousarray,
-    nonzero=np.nonzero,
     softmax=_numpy_softmax,
     softplus=lambda x: np.logaddexp(x, 0.0),
-    stack=_numpy_stack,
     waves=_numpy_waves,
 )
-_common = {
+TORCH = SimpleNamespace(
     **{name: getattr(torch, name) for name in _SAME},
-    "addcmul": torch.addcmul,
-    "amax": lambda x, axis: torch.amax(x, axis, keepdim=True),
-    "contiguous": torch.Tensor.contiguous,
-    "nonzero": lambda x: x.nonzero(as_tuple=True),
-    "softmax": torch.softmax,
-    "softplus": F.softplus,
-    "stack": torch.stack,
-}
-TORCH = SimpleNamespace(**_common, waves=_torch_waves)  # for tensors without a graph
-PLAIN = SimpleNamespace(**_common, waves=_plain_waves)  # differentiable operations
+    addcmul=torch.addcmul,
+    contiguous=torch.Tensor.contiguous,
+    softmax=torch.softmax,
+    softplus=F.softplus,
+    waves=_torch_waves,  # without a graph
+)
+PLAIN = SimpleNamespace(**{**vars(TORCH), "waves": _plain_waves})  # differentiable operations

@@ -256,10 +256,10 @@ def affine_chain(
     shapes and the options of the class.
     """
     options: dict[str, Any] = {}
-    while isinstance(univariate, partial):
+    if isinstance(univariate, partial):
         if univariate.args:
             return None
-        options = univariate.keywords | options
+        options = univariate.keywords
         univariate = univariate.func
     shapes = [*map(tuple, shapes)]
     if univariate is AdditiveTransform and not options and shapes == [()]:

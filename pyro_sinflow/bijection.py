@@ -19,11 +19,6 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def event_dim(t: Transform) -> int:
-    """Returns the number of dimensions of a transform's events."""
-    return t._event_dim if isinstance(t, Bijection) else t.domain.event_dim
-
-
 def call_and_ladj(t: Transform, x: Tensor, event_dim: int) -> tuple[Tensor, Tensor]:
     """Returns the value and the log-determinant of events with ``event_dim`` dimensions.
 

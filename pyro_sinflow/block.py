@@ -11,10 +11,9 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
-from zuko.transforms import AdditiveTransform
+from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
 
 from . import _validate as check
-from .element_wise import Affine
 from .lazy import Lazy, LazySinusoids, LazyTriangular
 from .masks import check_order
 from .networks import MaskedNetwork, check_context
@@ -92,7 +91,7 @@ class ConditionalLDU(Lazy):
         def triangular(rank: Tensor) -> LazyTriangular:
             masked = network(shape, context, outputs=1 + scale, order=rank, **options)
             if scale:
-                univariate = partial(Affine, max_scale=max_scale)
+                univariate = partial(MonotonicAffineTransform, slope=1 / max_scale)
                 return LazyTriangular(masked, shape, univariate, [(), ()], solver)
             return LazyTriangular(masked, shape, AdditiveTransform, [()], solver)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Size, Tensor
+from torch.distributions import Transform
 
 from . import _validate as check
 from ._torch import can_branch_on
-from .bijection import Bijection, at_least_float32
-from .kernels import AffineChain, evaluate, invert
+from .bijection import Bijection, at_least_float32, call_and_ladj, inverse
+from .kernels import evaluate, invert
 from .solvers import InversionWarning, Solver
 
 FASTER = 10  # the factor of free locations and scales: each step moves them ten times as far
@@ -55,12 +56,6 @@ class SinusoidalChain(Bijection):
         return invert(y, self._chain(), self.min_slope, self.solver)
 
 
-def bounded(u: Tensor, largest: float) -> Tensor:
-    r"""Returns the log-scale :math:`u / (1 + |u| / \log m)`, between plus and minus log m."""
-    # 'alpha' adds no overhead. A product with a Python number is slower than with a tensor.
-    return u / torch.add(u.new_ones(()), u.abs(), alpha=1 / math.log(largest))
-
-
 class Deferred(Bijection):
     """Builds an element-wise transformation at each use.
 
@@ -71,7 +66,7 @@ class Deferred(Bijection):
         build: A function that returns the transformation.
     """
 
-    def __init__(self, build: Callable[[], Bijection]) -> None:
+    def __init__(self, build: Callable[[], Transform]) -> None:
         super().__init__()
 
         self.build = build
@@ -80,53 +75,10 @@ class Deferred(Bijection):
         return repr(self.build())
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.build()._call_and_ladj(x)
+        return call_and_ladj(self.build(), x, 0)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self.build()._inverse(y)
-
-
-class Affine(Bijection):
-    r"""Creates an element-wise affine transformation.
-
-    .. math:: f(x) = x e^{s} + d \quad \text{with} \quad s = \frac{r u}{1 + |r u| / \log m}
-
-    Args:
-        shift: The shift :math:`d`, with shape :math:`(*)`.
-        scale: The unconstrained log-scale :math:`u`, with shape :math:`(*)`.
-        max_scale: The largest scale :math:`m > 1`; one over it is the smallest.
-        rate: The factor :math:`r` of the unconstrained log-scale.
-    """
-
-    def __init__(
-        self, shift: Tensor, scale: Tensor, max_scale: float = 1e3, rate: float = 1.0
-    ) -> None:
-        super().__init__()
-
-        self.shift, self.scale = shift, scale
-        self.max_scale, self.rate = max_scale, rate
-
-    def __repr__(self) -> str:
-        return f"Affine(batch_shape: {tuple(self.shift.shape)})"
-
-    @staticmethod
-    def affine_chain(
-        shapes: Sequence[Sequence[int]], max_scale: float = 1e3, rate: float = 1.0
-    ) -> AffineChain | None:
-        """Returns the options of the kernel that inverts maps of this class."""
-        return AffineChain(math.log(max_scale), rate) if shapes == [(), ()] else None
-
-    def _log_scale(self) -> Tensor:
-        u = self.scale if self.rate == 1.0 else self.rate * self.scale
-        return bounded(u, self.max_scale)
-
-    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        ladj = self._log_scale()
-        y = torch.addcmul(self.shift, x, ladj.exp())
-        return y, ladj if ladj.shape == y.shape else ladj.expand(y.shape)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return (y - self.shift) / self._log_scale().exp()
+        return inverse(self.build(), y)
 
 
 class Asinh(Bijection):

@@ -16,11 +16,12 @@ from zuko.lazy import (
     UnconditionalDistribution,
     UnconditionalTransform,
 )
+from zuko.transforms import MonotonicAffineTransform
 
 from . import _validate as check
 from .bijection import at_least_float32
 from .block import ConditionalLDU
-from .element_wise import Affine, Asinh, SinusoidalChain
+from .element_wise import Asinh, SinusoidalChain
 from .kernels import AffineChain
 from .lazy import (
     Lazy,
@@ -258,7 +259,7 @@ class AffineSinusoids(Composition):
         solver: Solver,
     ) -> None:
         chain = SinusoidalChain(parameters, min_slope, solver)
-        super().__init__(Affine(shift, scale, max_scale), chain)
+        super().__init__(MonotonicAffineTransform(shift, scale, 1 / max_scale), chain)
 
     @staticmethod
     def affine_chain(
@@ -268,7 +269,7 @@ class AffineSinusoids(Composition):
         *affine, (m, size) = shapes
         if affine != [(), ()] or size % 3 != 1:  # sinusoids may have shifts
             return None
-        return AffineChain(math.log(max_scale), 1.0, (m, size // 3), min_slope, solver)
+        return AffineChain(math.log(max_scale), (m, size // 3), min_slope, solver)
 
 
 def _autoregressive(

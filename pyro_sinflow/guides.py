@@ -12,7 +12,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.transforms import LowerCholeskyAffine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.params import param_with_module_name
@@ -270,15 +269,16 @@ class AutoLDU(AutoContinuous):
         fast, matrix = at_least_float32(flow.affine).tensor_split((2,))
         loc, log_scale = (FASTER * fast).unbind()
         scale = log_scale.exp()
+        matrix_b = matrix.triu(1) + torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
         matrix_a = scale.diag() + _LINEAR * scale * matrix.tril(-1)
         if flow.whitening is not None:
             whitening = at_least_float32(flow.whitening)
             with without_autocast(loc):
                 loc = torch.addmv(whitening[0], whitening[1:], loc)
                 matrix_a = whitening[1:] @ matrix_a
-        affine = _Affine(loc, matrix_a)
+        affine = _Triangular(matrix_a, loc, upper=False)
         parts = [part for block in flow.blocks for part in block.parts()]  # type: ignore[operator]
-        return Composition(_Shear(matrix.triu(1)), *parts, affine, cache_size=1)
+        return Composition(_Triangular(matrix_b, upper=True), *parts, affine, cache_size=1)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -345,36 +345,28 @@ def _announce(name: str, parameter: Tensor) -> None:
     site(name, value, constraint=constraints.real, name=name)
 
 
-class _Affine(LowerCholeskyAffine):
-    """Pyro's affine map, with one matrix product for all samples instead of one for each."""
-
-    def _call(self, x: Tensor) -> Tensor:
-        with without_autocast(x):  # the cached density is that of the exact sample
-            return self.loc + x @ self.scale_tril.mT
-
-
-class _Shear(Transform):
-    """Multiplies by I + U, for a matrix U that has entries above its diagonal only."""
+class _Triangular(Transform):
+    """Multiplies by a triangular matrix with a positive diagonal, and adds a vector."""
 
     domain = codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, upper: Tensor) -> None:
+    def __init__(self, matrix: Tensor, loc: Tensor | float = 0.0, *, upper: bool) -> None:
         super().__init__()
-        self.upper = upper
+        self.matrix, self.loc, self.upper = matrix, loc, upper
 
     def _call(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            return x + x @ self.upper.mT
+        with without_autocast(x):  # the cached density is that of the exact sample
+            return x @ self.matrix.mT + self.loc
 
     def _inverse(self, y: Tensor) -> Tensor:
-        rows = y.reshape(-1, y.shape[-1])
+        rows = (y - self.loc).reshape(-1, y.shape[-1])
         return torch.linalg.solve_triangular(
-            self.upper.mT, rows, upper=False, left=False, unitriangular=True
+            self.matrix.mT, rows, upper=not self.upper, left=False
         ).reshape(y.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return x.new_zeros(x.shape[:-1])
+        return self.matrix.diagonal().log().sum().expand(x.shape[:-1])
 
 
 def _start_as_identity(block: ConditionalLDU) -> None:

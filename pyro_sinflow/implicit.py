@@ -107,34 +107,17 @@ def _root(
     )
 
 
-class _Detached(Function):
-    """Returns two copies of a tensor, to differentiate by each of them.
-
-    They pass no gradient to the tensor, so that a backward pass does not fill the gradient of a
-    leaf that nobody sees.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.clone(), x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        return None
-
-
 class _Jacobian:
     """The Jacobian of a map at its root."""
 
     def __init__(self, function: AutoregressiveMap, x: Tensor, trusted: bool) -> None:
-        leaf = x.detach().requires_grad_()
         self.function = function
         self.trusted = trusted
         # The derivative with respect to the input of tau is the diagonal of the Jacobian, and that
         # with respect to the input of the conditioner the rest.
-        self.own, self.others = _Detached.apply(leaf)
+        self.own, self.others = x.detach().requires_grad_(), x.detach().requires_grad_()
         self.value = function(self.others)(self.own)
-        self.is_constant = not depends_on_more(self.value, [leaf])
+        self.is_constant = not depends_on_more(self.value, [self.own, self.others])
         self._diagonal: Tensor | None = None
         self._linear: tuple[Tensor, Tensor] | None = None
 

@@ -12,12 +12,13 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.lazy import LazyInverse, LazyTransform
 from zuko.nn import MLP, MaskedMLP
+from zuko.transforms import MonotonicAffineTransform
 
 from . import _validate as check
 from ._torch import can_branch_on
 from .autoregressive import NetworkMap, name_of, splitter, treats_features_alike
 from .bijection import Bijection, at_least_float32
-from .element_wise import FASTER, Affine, Deferred, SinusoidalChain
+from .element_wise import FASTER, Deferred, SinusoidalChain
 from .masks import masked_mlp
 from .networks import MaskedNetwork, check_context, check_triangular
 from .pixelcnn import PixelCNN
@@ -31,10 +32,6 @@ class Lazy(nn.Module):
     It is registered as a virtual subclass. With zuko's class as a base class, its metaclass would
     prevent Pyro from converting the module to a ``PyroModule``.
     """
-
-    def forward(self, c: Tensor | None = None) -> Transform:
-        """Returns the transformation, given a context."""
-        raise NotImplementedError
 
     @property
     def inv(self) -> LazyTransform:
@@ -174,7 +171,7 @@ class LazyElementWise(Lazy):
         nn.init.zeros_(self.hyper[-1].weight)
         nn.init.zeros_(self.hyper[-1].bias)
 
-    def build(self, c: Tensor | None) -> Bijection:
+    def build(self, c: Tensor | None) -> Transform:
         """Returns the transformation with the current parameters, given a context."""
         raise NotImplementedError
 
@@ -182,10 +179,7 @@ class LazyElementWise(Lazy):
         """Returns the transformation, given a context."""
         if c is not None or self.context > 0:
             check_context(c, self.context, self.parameter.dtype)
-        computed = c is not None and self.hyper is not None
-        if computed or self.parameter.dtype.itemsize < 4:
-            return Deferred(partial(self.build, c))
-        return self.build(None)
+        return Deferred(partial(self.build, c))
 
     def parameters_given(self, c: Tensor | None) -> Tensor:
         """Returns the parameters, given a context."""
@@ -204,14 +198,11 @@ class LazyAffine(LazyElementWise):
     The parameters are shift and log-scale, with shape :math:`(*, 2)`.
     """
 
-    def build(self, c: Tensor | None) -> Affine:
+    def build(self, c: Tensor | None) -> Transform:
         """Returns the transformation with the current parameters, given a context."""
         parameters = self.parameters_given(c)
-        shift, scale = parameters[..., 0], parameters[..., 1]
-        if c is None:
-            return Affine(shift, scale, rate=FASTER)
-        free = at_least_float32(self.parameter[..., 1])
-        return Affine(shift, scale + (FASTER - 1) * free)
+        more = (FASTER - 1) * at_least_float32(self.parameter[..., 1])
+        return MonotonicAffineTransform(parameters[..., 0], parameters[..., 1] + more)
 
 
 class LazySinusoids(LazyElementWise):

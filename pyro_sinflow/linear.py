@@ -2,6 +2,8 @@ r"""A linear transform, as the product of two triangular matrices."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
@@ -9,7 +11,6 @@ from torch import Size, Tensor
 from . import _validate as check
 from ._torch import without_autocast
 from .bijection import Bijection, at_least_float32
-from .element_wise import bounded
 
 
 class Linear(Bijection):
@@ -45,23 +46,20 @@ class Linear(Bijection):
         # At each use: stored values would be out of date after a step of the optimizer, and their
         # graph freed by the first backward pass.
         matrix = at_least_float32(self.matrix)
-        log_diagonal = bounded(matrix.diagonal(), 1e3)
+        diagonal = matrix.diagonal()
+        log_diagonal = diagonal / (1 + diagonal.abs() / math.log(1e3))
         upper = matrix.triu(1) + log_diagonal.exp().diag_embed()
         return matrix.tril(-1), upper, log_diagonal
 
-    def _check_dtype(self, name: str, x: Tensor) -> None:
-        if x.dtype != self.matrix.dtype:
-            check.dtype(name, x, self.matrix.dtype)
-
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_dtype("x", x)
+        check.dtype("x", x, self.matrix.dtype)
         lower, upper, log_diagonal = self._factors()
         with without_autocast(x):  # the inverse has the precision of x, and so has its residual
             y = _product(upper, x)
             return y + _product(lower, y), log_diagonal.sum().expand(x.shape[:-1])
 
     def _inverse(self, y: Tensor) -> Tensor:
-        self._check_dtype("y", y)
+        check.dtype("y", y, self.matrix.dtype)
         lower, upper, _ = self._factors()
         rows = y.reshape(-1, y.shape[-1])
         rows = torch.linalg.solve_triangular(

@@ -15,7 +15,7 @@ import torch
 from pyro.distributions import is_validation_enabled
 from torch import Tensor
 
-from .solvers import InversionError, InversionWarning, Solver, left_range, missed, record
+from .solvers import WHAT, InversionError, InversionWarning, Solver, missed, record
 
 _UNTESTED = 5  # the largest number of passes that are done without tests in between
 
@@ -53,7 +53,11 @@ def zero_lost(x: Tensor, event_dim: int, problem: str) -> tuple[Tensor, Tensor |
         return x, None
     inside = events_within(x, event_dim, bound)
     lost = inside.numel() - int(inside.sum())
-    message = left_range(problem, x.dtype, lost, inside.numel())
+    message = (
+        f"The {WHAT[problem]} leaves the range of {x.dtype} in {lost} of {inside.numel()} events: "
+        "the map is not finite there, or its slopes are too extreme. Bounded activations, such as "
+        "torch.nn.Tanh, or float64 may help."
+    )
     if lost == inside.numel() and is_validation_enabled():
         raise InversionError(message)
     warnings.warn(f"{message} They are set to NaN.", InversionWarning, stacklevel=2)
@@ -93,7 +97,10 @@ def nilpotent_iteration(
     """
     if trusted and bound <= _UNTESTED and solver.max_iter is None:
         # Few passes take less time than a test of whether fewer are enough.
-        new = _repeat(step, x, bound)
+        new = x
+        with torch.no_grad():
+            for _ in range(bound):
+                new = step(new)
         if new.numel() and float(new.abs().max()) < largest(x.dtype):  # False for NaN
             record(problem, bound, new.numel())
             return new, None
@@ -121,14 +128,6 @@ def nilpotent_iteration(
             )
         warnings.warn(message, InversionWarning, stacklevel=2)
     return x if inside is None else x.where(inside, 0.0), inside
-
-
-@torch.no_grad()
-def _repeat(step: Callable[[Tensor], Tensor], x: Tensor, times: int) -> Tensor:
-    """Runs a number of passes."""
-    for _ in range(times):
-        x = step(x)
-    return x
 
 
 def _iterate(

@@ -9,6 +9,7 @@ stages as there are features.
 from __future__ import annotations
 
 from functools import cached_property
+from operator import is_
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -175,10 +176,8 @@ class Stages:
         for kind, forward in _FORWARD:
             if kind.forward is not forward:
                 return False
-        for layer, mask in zip(self.linears, self.masks, strict=True):
-            if layer.mask is not mask:
-                return False
-        return versions(*self.masks) == self.versions
+        masks = [layer.mask for layer in self.linears]
+        return all(map(is_, masks, self.masks)) and versions(*masks) == self.versions
 
 
 _stages: WeakKeyDictionary[nn.Module, Stages] = WeakKeyDictionary()

@@ -150,26 +150,17 @@ def record(problem: str, iterations: int, elements: int) -> None:
             records.append(Inversion(problem, iterations, elements))
 
 
-_WHAT = {
+WHAT = {
     "sinusoid": "inverse of a sinusoidal map",
     "triangular": "inverse of a triangular map",
     "adjoint": "gradient of the inverse of a triangular map",
 }
 
 
-def left_range(problem: str, dtype: torch.dtype, lost: int, count: int) -> str:
-    """Returns the message that events leave the range of a dtype."""
-    return (
-        f"The {_WHAT[problem]} leaves the range of {dtype} in {lost} of {count} events: the map is "
-        "not finite there, or its slopes are too extreme. Bounded activations, such as "
-        "torch.nn.Tanh, or float64 may help."
-    )
-
-
 def missed(problem: str, worst: float, tolerance: float, iterations: int) -> str:
     """Returns the message that a solver missed its tolerance."""
     return (
-        f"The {_WHAT[problem]} stopped after {iterations} iterations with a relative "
+        f"The {WHAT[problem]} stopped after {iterations} iterations with a relative "
         f"error of {worst:.2g}, while its tolerance is {tolerance:.2g}."
     )
 
@@ -279,7 +270,7 @@ def _halley(
     if count == 0:
         return Root(x, iteration, 0.0)
 
-    row, _, column = xp.nonzero(~converged)
+    row, _, column = xp.where(~converged)
     rest = _safeguarded(
         function.take(row, column),
         y[row, :, column].T[None],
@@ -299,10 +290,10 @@ def _safeguarded(
     eps = float(xp.finfo(y.dtype).eps)
     lower, upper = function.bracket(y)
     x = xp.minimum(xp.maximum(x, lower), upper)
-    value, slope = function.evaluate(x)
-    error = value - y
-    previous = xp.full_like(error, float("inf"))
+    previous = xp.full_like(x, float("inf"))
     for iteration in range(limit + 1):
+        value, slope = function.evaluate(x)
+        error = value - y
         done = abs(error) <= aim * (1 + abs(x) + abs(y))
         done = done | (upper - lower <= 2 * eps * abs(x))  # no floating-point number in between
         done = done | (error != error)  # NaN has no root
@@ -315,8 +306,6 @@ def _safeguarded(
         step = xp.where(bisect, lower + (upper - lower) / 2, step)
         x = xp.where(done, x, step)
         previous = abs(error)
-        value, slope = function.evaluate(x)
-        error = value - y
     return Root(x, iteration, _relative(error, x, y, xp))
 
 

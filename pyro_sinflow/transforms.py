@@ -19,7 +19,6 @@ from .autoregressive import AutoregressiveMap
 from .bijection import (
     Bijection,
     call_and_ladj,
-    event_dim,
     inverse,
 )
 from .implicit import invert
@@ -134,7 +133,7 @@ class Composition(Bijection):
         self._transforms = transforms
         self.context_shape = context_shape
         for t in transforms:
-            self._event_dim = max(self._event_dim, event_dim(t))
+            self._event_dim = max(self._event_dim, t.domain.event_dim)
             if isinstance(t, Bijection):
                 self._event_shape = self._event_shape or t._event_shape
 

@@ -28,7 +28,6 @@ from pyro_sinflow import (
     record_inversions,
 )
 from pyro_sinflow.autoregressive import affine_chain
-from pyro_sinflow.element_wise import Affine
 from pyro_sinflow.flows import AffineSinusoids
 from pyro_sinflow.kernels import substitution as gpu
 
@@ -50,32 +49,40 @@ def of_zuko(make, context=0, features=4, **options):
 
 MAPS = {
     "shift": lambda: triangular(AdditiveTransform, [()]),
-    "affine": lambda: triangular(partial(Affine, max_scale=5.0), [(), ()], activation=nn.SiLU),
-    "affine, rate": lambda: triangular(partial(Affine, rate=3.0), [(), ()], activation=nn.ELU),
+    "affine": lambda: triangular(
+        partial(MonotonicAffineTransform, slope=0.2), [(), ()], activation=nn.SiLU
+    ),
+    "elu": lambda: triangular(MonotonicAffineTransform, [(), ()], activation=nn.ELU),
     "slope": lambda: triangular(
         partial(MonotonicAffineTransform, slope=0.1), [(), ()], activation=nn.Tanh
     ),
     "slope above 1": lambda: triangular(partial(MonotonicAffineTransform, slope=10.0), [(), ()]),
     "sinusoids": lambda: triangular(SINUSOIDS, [(), (), (2, 10)], order=[2, 0, 3, 1]),
     "one sinusoid": lambda: triangular(SINUSOIDS, [(), (), (1, 4)], hidden_features=(7,)),
-    "deep": lambda: triangular(Affine, [(), ()], hidden_features=(5, 8, 6, 7)),
-    "linear": lambda: triangular(Affine, [(), ()], hidden_features=()),
+    "deep": lambda: triangular(MonotonicAffineTransform, [(), ()], hidden_features=(5, 8, 6, 7)),
+    "linear": lambda: triangular(MonotonicAffineTransform, [(), ()], hidden_features=()),
     "wide": lambda: triangular(AdditiveTransform, [()], features=2, hidden_features=(70, 40)),
     "dropout": lambda: triangular(AdditiveTransform, [()], dropout=0.5),
     "MAF": lambda: of_zuko(zuko.flows.MAF),
 }
 CONDITIONAL = {
     "sinusoids and context": lambda: triangular(SINUSOIDS, [(), (), (1, 7)], context=1),
-    "one feature": lambda: triangular(Affine, [(), ()], features=1, context=1),
-    "adjacency": lambda: triangular(Affine, [(), ()], context=1, adjacency=ADJACENCY),
+    "one feature": lambda: triangular(MonotonicAffineTransform, [(), ()], features=1, context=1),
+    "adjacency": lambda: triangular(
+        MonotonicAffineTransform, [(), ()], context=1, adjacency=ADJACENCY
+    ),
     "MAF and context": lambda: of_zuko(zuko.flows.MAF, 1),
 }
 PASSES = {
     "splines": lambda: of_zuko(zuko.flows.NSF),
     "coupling": lambda: of_zuko(zuko.flows.MAF, features=6, passes=2),
-    "residual": lambda: triangular(Affine, [(), ()], residual=True, hidden_features=(8, 8)),
-    "activation": lambda: triangular(Affine, [(), ()], activation=nn.Softplus),
-    "alpha": lambda: triangular(Affine, [(), ()], activation=partial(nn.ELU, alpha=0.5)),
+    "residual": lambda: triangular(
+        MonotonicAffineTransform, [(), ()], residual=True, hidden_features=(8, 8)
+    ),
+    "activation": lambda: triangular(MonotonicAffineTransform, [(), ()], activation=nn.Softplus),
+    "alpha": lambda: triangular(
+        MonotonicAffineTransform, [(), ()], activation=partial(nn.ELU, alpha=0.5)
+    ),
 }
 
 
@@ -245,7 +252,7 @@ def test_a_first_launch_tells_whether_it_runs(device, monkeypatch):
         assert load("substitution", torch.device(device)) is None
 
 
-class Swapped(Affine):
+class Swapped(MonotonicAffineTransform):
     def __init__(self, scale, shift):
         super().__init__(shift, scale)
 
@@ -254,13 +261,12 @@ class Swapped(Affine):
     ("univariate", "shapes", "known"),
     [
         (AdditiveTransform, [()], True),
-        (Affine, [(), ()], True),
-        (partial(partial(Affine, rate=2.0), max_scale=9.0), [(), ()], True),
         (MonotonicAffineTransform, [(), ()], True),
+        (partial(MonotonicAffineTransform, slope=0.1), [(), ()], True),
         (Swapped, [(), ()], False),
-        (partial(Affine, 0.0), [()], False),
-        (Affine, [()], False),
-        (partial(Affine, scale=0.5), [()], False),
+        (partial(MonotonicAffineTransform, 0.0), [()], False),
+        (MonotonicAffineTransform, [()], False),
+        (partial(MonotonicAffineTransform, scale=0.5), [()], False),
         (SINUSOIDS, [(), (), (2, 10)], True),
         (SINUSOIDS, [(), (), (2, 11)], False),  # with shifts
         (partial(MonotonicAffineTransform, cache_size=1), [(), ()], False),
@@ -289,7 +295,7 @@ def test_it_compiles(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {
         "activation": activation, "outputs": outputs, "has_context": has_context, "log_max": 0.7,
-        "rate": 1.0, "m": m, "count": 3, "width": 4, "limit": 0.9, "smallest": 1e-19, "eps": 1e-7,
+        "m": m, "count": 3, "width": 4, "limit": 0.9, "smallest": 1e-19, "eps": 1e-7,
         "aim": 4e-7, "max_iter": 200, "banach": 0, "units": gpu._UNITS,
         "depth": gpu._TILE // block, "block": block,
     }  # fmt: skip

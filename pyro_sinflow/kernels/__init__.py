@@ -25,7 +25,6 @@ from torch.autograd import Function
 from .._torch import (
     can_branch_on,
     can_fuse,
-    differentiation_levels,
     honours_torch_function,
     vjp,
     without_autocast,
@@ -51,14 +50,12 @@ class AffineChain(NamedTuple):
 
     Args:
         log_max: The largest log-scale.
-        rate: The factor of the unconstrained log-scale.
         sinusoids: The number of sinusoids, and that of their components.
         min_slope: The smallest slope of each sinusoid.
         solver: How the sinusoids are inverted.
     """
 
     log_max: float = 1.0
-    rate: float = 1.0
     sinusoids: tuple[int, int] = (0, 1)
     min_slope: float = 0.5
     solver: Solver = Solver()
@@ -305,11 +302,7 @@ def _invert_plain(y: Tensor, parameters: Tensor, min_slope: float, solver: Solve
     if can_branch_on(y, parameters):
         report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
     x = eager.restore(rows, y.shape)
-    # Each step squares the error, so that n steps have 2^n - 1 correct derivatives. torch.compile
-    # supports only first derivatives, for which one step is enough.
-    compiling = torch.compiler.is_compiling()
-    steps = torch.is_grad_enabled() if compiling else (differentiation_levels() + 2).bit_length()
-    for _ in range(steps):
+    for _ in range(3):  # each step squares the error, so that n steps have 2^n - 1 derivatives
         value, ladj = eager.differentiable(x, parameters, min_slope)
-        x = x - (value - y) * (-ladj.detach() if compiling else -ladj).exp()
+        x = x - (value - y) * (-ladj).exp()
     return x

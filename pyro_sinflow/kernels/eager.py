@@ -186,7 +186,7 @@ class _Reduced(NamedTuple):
 
 def _peak(xs: Array, own: bool, xp: SimpleNamespace) -> Array:
     """Returns the largest magnitude of numbers that share their parameters, and not zero."""
-    size = abs(xs) if own else xp.amax(abs(xs), 3)
+    size = abs(xs) if own else xp.amax(abs(xs), 3, keepdims=True)
     return xp.clip(size, float(xp.finfo(xs.dtype).tiny), None)
 
 

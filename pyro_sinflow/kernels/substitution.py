@@ -60,7 +60,7 @@ def _substitute(
     y_in, context_in, weights, biases, known, places, state, parameters, report_out,
     rows, features, layers,
     activation: tl.constexpr, outputs: tl.constexpr, has_context: tl.constexpr,
-    log_max: tl.constexpr, rate: tl.constexpr, m: tl.constexpr, count: tl.constexpr,
+    log_max: tl.constexpr, m: tl.constexpr, count: tl.constexpr,
     width: tl.constexpr, limit: tl.constexpr, smallest: tl.constexpr, eps: tl.constexpr,
     aim: tl.constexpr, max_iter: tl.constexpr, banach: tl.constexpr, units: tl.constexpr,
     depth: tl.constexpr, block: tl.constexpr,
@@ -122,7 +122,7 @@ def _substitute(
             most = tl.maximum(most, iterations)
         x -= tl.load(at, column_ok, other=0.0)
         if outputs > 1:
-            scale = rate * tl.load(at + 1, column_ok, other=0.0)
+            scale = tl.load(at + 1, column_ok, other=0.0)
             x = x / tl.exp(scale / (1 + tl.abs(scale) / log_max))
         tl.store(state + i * rows + column, x, column_ok)
         tl.debug_barrier()
@@ -162,7 +162,6 @@ def substitute(
         **chain_constants(*form.sinusoids, form.min_slope, y.dtype),
         **solver_constants(form.solver, y.dtype),
         "log_max": form.log_max,
-        "rate": form.rate,
     }
     outputs = len(layers[-1][0]) // features
     roots, reports = [], []
