@@ -175,9 +175,6 @@ class State:
 
     It searches the attributes of the object, and the attributes, items and closures of what it
     finds there. It does not see the global variables that a function reads.
-
-    Args:
-        root: The attributes of the object. No reference to them is kept.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from .kernels import AffineChain, substitution_kernel
 from .sequential import StagedEvaluation, Stages, WholeEvaluation, frozen_weights, stages_of
 
 # Minimum rows, per stage and in all, for which forward substitution is faster than full passes.
-_LEAST, _ENOUGH = 3, 384
+_ROWS_PER_STAGE, _ENOUGH_ROWS = 3, 384
 _GPU = "cuda"  # the device of the kernel; tests replace it
 
 
@@ -162,14 +162,9 @@ class NetworkMap(AutoregressiveMap):
 
 
 class FrozenInverse:
-    r"""The inverse of an autoregressive map at y, with the current weights and without a graph.
+    """The inverse of a :class:`NetworkMap` at y, with the current weights and without a graph.
 
-    Args:
-        stages: The stages of the network.
-        univariate: The constructor of :math:`\tau`.
-        shapes: The shapes of its arguments, for one feature.
-        y: The values to invert, with shape (\*, features).
-        c: The context, with shape (N, C) or (1, C), or :py:`None`.
+    The context is None, or has shape (N, C) or (1, C), where N is the number of events of y.
     """
 
     def __init__(
@@ -191,7 +186,7 @@ class FrozenInverse:
 
     def _find_kernel(self, shapes: Sequence[Sequence[int]]) -> Callable[..., Tensor] | None:
         """Returns the kernel that inverts this map, or None if there is none."""
-        form, schedule = affine_chain(self.univariate, shapes), self.stages.schedule
+        form, schedule = kernel_form(self.univariate, shapes), self.stages.schedule
         if form is None or schedule is None or schedule.known.device != self.y.device:
             return None
         module = substitution_kernel(self.y)
@@ -202,8 +197,10 @@ class FrozenInverse:
         """Whether forward substitution is expected to be faster than passes through the network."""
         if self.kernel is not None:
             return True
-        least = _LEAST * len(self.stages.stages)
-        return self.y.device.type == "cpu" and self.rows >= max(2 * _LEAST, min(least, _ENOUGH))
+        least = _ROWS_PER_STAGE * len(self.stages.stages)
+        return self.y.device.type == "cpu" and self.rows >= max(
+            2 * _ROWS_PER_STAGE, min(least, _ENOUGH_ROWS)
+        )
 
     def step(self, x: Tensor) -> Tensor:
         r"""Does one pass :math:`x \leftarrow \tau^{-1}(y; h(x))`."""
@@ -234,10 +231,9 @@ class FrozenInverse:
 
 
 def treats_features_alike(univariate: Any) -> bool:
-    """Whether a constructor treats all features alike, so that it can be applied to some of them.
+    """Whether a constructor can be applied to some of the features.
 
-    A function may not, nor a class that tensors are bound to: they may have an entry for each
-    feature.
+    Functions may not treat all features alike, and bound tensors may have an entry for each.
     """
     while isinstance(univariate, partial):
         values = (*univariate.args, *univariate.keywords.values())
@@ -247,7 +243,7 @@ def treats_features_alike(univariate: Any) -> bool:
     return isinstance(univariate, type) and issubclass(univariate, Transform)
 
 
-def affine_chain(
+def kernel_form(
     univariate: Callable[..., Transform], shapes: Sequence[Sequence[int]]
 ) -> AffineChain | None:
     """Returns the affine map and the sinusoids that a constructor makes, or None for other maps.

@@ -161,10 +161,10 @@ class Bijection(Transform):
             ValueError: If it has too few dimensions, or does not broadcast with ``batch_shape``.
         """
         shape = check.shape("shape", shape)
-        cut = len(shape) - self.domain.event_dim
+        cut = len(shape) - self._event_dim
         if cut < 0:
             raise ValueError(
-                f"'shape' should have at least {self.event_dim} dimensions, got {tuple(shape)}."
+                f"'shape' should have at least {self._event_dim} dimensions, got {tuple(shape)}."
             )
         return check.broadcast(shape=shape[:cut], parameters=self.batch_shape) + shape[cut:]
 

@@ -23,12 +23,8 @@ FASTER = 10  # the factor of free locations and scales: each step moves them ten
 class SinusoidalChain(Bijection):
     """Composes M sinusoids, and evaluates them together.
 
-    Args:
-        parameters: The unconstrained parameters, with shape :math:`(*, M, 3K + 2)`, or without
-            shifts :math:`(*, M, 3K + 1)`: frequencies, phases, weights, residual weight and shift
-            of each sinusoid. They come from modules and are not checked.
-        min_slope: The smallest slope of each sinusoid.
-        solver: How the inverse is computed.
+    The unconstrained parameters have the layout of :mod:`pyro_sinflow.sinusoid`. They come from
+    modules and are not checked.
     """
 
     def __init__(
@@ -61,9 +57,6 @@ class Deferred(Bijection):
 
     A transformation that stores parameters which were computed from others would be out of date
     after a step of the optimizer, and could be differentiated only once.
-
-    Args:
-        build: A function that returns the transformation.
     """
 
     def __init__(self, build: Callable[[], Transform]) -> None:

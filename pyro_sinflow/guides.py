@@ -24,11 +24,11 @@ from ._torch import can_branch_on, replace_parameter, without_autocast
 from .bijection import at_least_float32
 from .block import ConditionalLDU
 from .element_wise import FASTER
-from .laplace import best_normal
+from .laplace import best_laplace
 from .networks import MaskedNetwork
 from .transforms import Composition
 
-_LINEAR = 2  # the factor of the entries of A
+_RATE_OF_A = 2  # the factor of the entries of A
 _LARGEST = 100  # variables, up to which there is a Laplace approximation
 _DRAWS = 10_000  # for medians and quantiles
 
@@ -126,7 +126,8 @@ class AutoLDU(AutoContinuous):
         }
         ConditionalLDU(2, **self._options)  # checks the options before the model is run
         super().__init__(model, init_loc_fn=init_loc_fn)
-        self._plain_model: Any = (model,)  # until the first call; without init_loc_fn
+        # Until the first call, the model without init_loc_fn. In a tuple, it is not a submodule.
+        self._plain_model: Any = (model,)
         self._replaced: dict[str, nn.Parameter] = {}  # by handlers in the latest call
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,8 +174,8 @@ class AutoLDU(AutoContinuous):
 
         (model,) = self._plain_model
         default = loc, self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-        best = best_normal(log_density, default, self._starts)
-        return None if best is default else torch.cat((best[0][None], best[1]))
+        best = best_laplace(log_density, default, self._starts)
+        return None if best is None else torch.cat((best[0][None], best[1]))
 
     def _check_plates(self) -> None:
         """Warns of latent variables in a plate that is subsampled."""
@@ -270,7 +271,7 @@ class AutoLDU(AutoContinuous):
         loc, log_scale = (FASTER * fast).unbind()
         scale = log_scale.exp()
         matrix_b = matrix.triu(1) + torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-        matrix_a = scale.diag() + _LINEAR * scale * matrix.tril(-1)
+        matrix_a = scale.diag() + _RATE_OF_A * scale * matrix.tril(-1)
         if flow.whitening is not None:
             whitening = at_least_float32(flow.whitening)
             with without_autocast(loc):

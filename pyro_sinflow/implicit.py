@@ -28,23 +28,10 @@ from .solvers import Solver, record
 
 
 def invert(function: AutoregressiveMap, y: Tensor, solver: Solver) -> Tensor:
-    """Inverts an autoregressive map.
+    """Returns the root x of f(x) = y, with the shape that y and the map broadcast to.
 
-    Args:
-        function: The map.
-        y: The values to invert.
-        solver: Method, tolerance, number of iterations, and number of derivatives.
-
-    Returns:
-        The root x, with the shape that y and the map broadcast to.
-
-    Raises:
-        InversionError: If the map is not triangular or not deterministic, or if every event leaves
-            the range of the dtype while Pyro's validation is on.
-
-    Warns:
-        InversionWarning: If some events leave the range of the dtype, and are set to NaN, or if the
-            tolerance is missed because ``solver.max_iter`` is small.
+    Events that leave the range of the dtype are NaN. Errors and warnings are those of
+    :func:`~pyro_sinflow.nilpotent.nilpotent_iteration`.
     """
     if not can_branch_on(y):
         return _recorded_passes(function, y, solver)
@@ -67,20 +54,20 @@ def _recorded_passes(function: AutoregressiveMap, y: Tensor, solver: Solver) -> 
     During the capture of a CUDA graph, forward substitution replaces as many passes as there are
     stages, or more, unless something is differentiated.
     """
-    limit, bound = function.enough_passes(y.shape), largest(y.dtype)
+    limit, most = function.enough_passes(y.shape), largest(y.dtype)
     limit = min(limit, solver.max_iter or limit)
     if can_fuse(y) and not torch.is_grad_enabled() and solver.method != "banach":
         frozen = function.frozen(y)
         if frozen is not None and (frozen.kernel or limit >= len(frozen.stages.stages) - 1):
             x = frozen.sequential()
             record("triangular", 1, x.numel())
-            return x.where(events_within(x, function.event_dim, bound), torch.nan)
+            return x.where(events_within(x, function.event_dim, most), torch.nan)
     x = torch.zeros_like(y)
     for _ in range(limit):
         new = inverse(function(x), y)
-        x = new.nan_to_num(nan=0.0).clamp(-bound, bound)
+        x = new.nan_to_num(nan=0.0).clamp(-most, most)
     record("triangular", limit, y.numel())
-    return new.where(events_within(new, function.event_dim, bound), torch.nan)  # without an error
+    return new.where(events_within(new, function.event_dim, most), torch.nan)  # without an error
 
 
 def _root(
@@ -189,7 +176,7 @@ class _Solve(Function):
 class _Count(Function):
     """The identity, which can be differentiated a limited number of times.
 
-    Its derivatives depend on the root, so that each further derivative is counted.
+    The root is an input, so that derivatives by it are counted, too.
     """
 
     @staticmethod
@@ -215,10 +202,10 @@ class _Count(Function):
 class _Step(Function):
     """Computes x - J^{-1} (f(x) - y), whose value is x.
 
-    The gradient flows to y and to ``constant``, which is f(x) at the constant root. With
-    ``create_graph=True``, it flows to y, to the x of the previous step, and to ``value``, which is
-    f(x) at that x, so that it can be differentiated again. The first step has no previous x, and
-    counts further derivatives instead.
+    First derivatives go to y and to ``constant``, which is f at the constant root. With
+    ``create_graph=True``, they go to y, to the x of the previous step, and to ``value``, which is f
+    at that x, and can be differentiated again. The first step has no previous x, and counts further
+    derivatives instead.
     """
 
     @staticmethod

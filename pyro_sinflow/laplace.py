@@ -26,12 +26,12 @@ _POINTS = 32  # random points, of which the best are starts
 _DRAWS = 32  # for the ELBO
 
 
-def best_normal(log_density: LogDensity, default: Normal, starts: int) -> Normal:
-    r"""Returns the Laplace approximation with the highest ELBO, or a default if that is higher.
+def best_laplace(log_density: LogDensity, default: Normal, starts: int) -> Normal | None:
+    """Returns the Laplace approximation with the highest ELBO, or None if the default's is higher.
 
     Args:
         log_density: The unnormalized log-density of a vector. A point where it raises an error or
-            is not finite is not a mode. If it is random, the default is returned.
+            is not finite is not a mode. If it is random, there is no approximation.
         default: The location and the scale of a normal distribution.
         starts: The number of points from which modes are searched: the location of the default, and
             those of several random points where the density is highest.
@@ -40,15 +40,17 @@ def best_normal(log_density: LogDensity, default: Normal, starts: int) -> Normal
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # Pyro warns of densities that are not finite
         if _is_random(log_density, loc):
-            return default
+            return None
         points = loc.new_empty(_POINTS, len(loc)).uniform_(-2, 2)
         values = torch.tensor([_value(log_density, x) for x in points])
-        best = values.nan_to_num(-math.inf).argsort(descending=True)[: starts - 1]
-        found = [approximate(log_density, x) for x in (loc, *points[best])]
-        normals = [default, *(normal for normal in found if normal is not None)]
+        highest = values.nan_to_num(-math.inf).argsort(descending=True)[: starts - 1]
+        found = [approximate(log_density, x) for x in (loc, *points[highest])]
         noise = torch.randn(_DRAWS, len(loc), dtype=loc.dtype, device=loc.device)
-        scores = [elbo(log_density, normal, noise) for normal in normals]
-    return normals[max(range(len(normals)), key=scores.__getitem__)]
+        best, score = None, elbo(log_density, default, noise)
+        for normal in found:
+            if normal is not None and (new := elbo(log_density, normal, noise)) > score:
+                best, score = normal, new
+    return best
 
 
 def elbo(log_density: LogDensity, normal: Normal, noise: Tensor) -> float:

@@ -58,10 +58,10 @@ class LazyTriangular(Lazy):
             features.
         features: The shape of an event.
         univariate: The constructor of :math:`\tau`, a :class:`torch.distributions.Transform` that
-            acts on each number by itself. It gets a tensor for each of ``shapes``. A class, which
-            numbers may be bound to by ``functools.partial``, should treat all features alike:
-            the inverse of large batches applies it to some features at a time. Any other function
-            gets the parameters of all features at once.
+            acts on each number by itself. It gets a tensor for each of ``shapes``. A class, or a
+            ``functools.partial`` of one with numbers, must treat all features alike: the inverse of
+            large batches applies it to some features at a time. A function always gets the
+            parameters of all features.
         shapes: The shapes of the arguments of ``univariate``, for one feature.
         solver: How the inverse is computed.
 
@@ -206,17 +206,10 @@ class LazyAffine(LazyElementWise):
 
 
 class LazySinusoids(LazyElementWise):
-    r"""Creates a lazy chain of element-wise sinusoids. It starts as the identity.
+    """Creates a lazy chain of element-wise sinusoids. It starts as the identity.
 
-    Args:
-        features: The shape of an event.
-        context: The number of context features.
-        sinusoids: The number of sinusoids in the chain.
-        components: The number of components K of each.
-        min_slope: The smallest slope of each.
-        solver: How the inverse is computed.
-        hidden_features: The numbers of hidden features of the network that sees the context.
-        activation: The activation function constructor of that network.
+    The arguments are those of :class:`~pyro_sinflow.ConditionalLDU`. The hidden features and the
+    activation are those of the network that sees the context.
     """
 
     def __init__(

@@ -29,9 +29,9 @@ def largest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max ** 0.5
 
 
-def events_within(x: Tensor, event_dim: int, bound: float) -> Tensor:
-    """Returns which events have magnitudes below a bound, with as many dimensions as x."""
-    return (x.abs() < bound).all(dim=tuple(range(-event_dim, 0)), keepdim=True)  # False for NaN
+def events_within(x: Tensor, event_dim: int, magnitude: float) -> Tensor:
+    """Returns which events have magnitudes below a given one, with as many dimensions as x."""
+    return (x.abs() < magnitude).all(dim=tuple(range(-event_dim, 0)), keepdim=True)  # False for NaN
 
 
 def zero_lost(x: Tensor, event_dim: int, problem: str) -> tuple[Tensor, Tensor | None]:
@@ -48,10 +48,10 @@ def zero_lost(x: Tensor, event_dim: int, problem: str) -> tuple[Tensor, Tensor |
         InversionWarning: If some events leave the range, or all of them with validation off: MCMC
             switches it off, and rejects a state whose density is NaN.
     """
-    bound = largest(x.dtype)
-    if not x.numel() or float(x.abs().max()) < bound:  # False for NaN
+    most = largest(x.dtype)
+    if not x.numel() or float(x.abs().max()) < most:  # False for NaN
         return x, None
-    inside = events_within(x, event_dim, bound)
+    inside = events_within(x, event_dim, most)
     lost = inside.numel() - int(inside.sum())
     message = (
         f"The {WHAT[problem]} leaves the range of {x.dtype} in {lost} of {inside.numel()} events: "
@@ -70,10 +70,10 @@ def nilpotent_iteration(
     event_dim: int,
     solver: Solver,
     problem: str,
-    bound: int,
+    passes: int,
     trusted: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Iterates a nilpotent step until it converges, at most ``bound`` times.
+    """Iterates a nilpotent step until it converges, at most ``passes`` times.
 
     Args:
         step: The step.
@@ -81,7 +81,7 @@ def nilpotent_iteration(
         event_dim: The number of dimensions of an event.
         solver: Method, tolerance and number of iterations.
         problem: What the fixed point is, for records and messages.
-        bound: A number of passes, at least one, that is enough.
+        passes: A number of passes, at least one, that is enough.
         trusted: Whether the step is known to be nilpotent.
 
     Returns:
@@ -95,22 +95,22 @@ def nilpotent_iteration(
         InversionWarning: As :func:`zero_lost` does, or if the tolerance is missed because
             ``solver.max_iter`` is small.
     """
-    if trusted and bound <= _UNTESTED and solver.max_iter is None:
+    if trusted and passes <= _UNTESTED and solver.max_iter is None:
         # Few passes take less time than a test of whether fewer are enough.
         new = x
         with torch.no_grad():
-            for _ in range(bound):
+            for _ in range(passes):
                 new = step(new)
         if new.numel() and float(new.abs().max()) < largest(x.dtype):  # False for NaN
-            record(problem, bound, new.numel())
+            record(problem, passes, new.numel())
             return new, None
-    limit = min(solver.max_iter or (100 if solver.method == "banach" else bound), bound)
+    limit = min(solver.max_iter or (100 if solver.method == "banach" else passes), passes)
     aim, tolerance = solver.tolerances(torch.finfo(x.dtype).eps)
     x, new, iterations, error = _iterate(step, x, limit, aim)
     record(problem, iterations, x.numel())
     if error <= aim:
         return x, None
-    is_exact = limit >= bound
+    is_exact = limit >= passes
     if prod(x.shape[x.ndim - event_dim :]) <= 1 or (trusted and is_exact):
         return zero_lost(new, event_dim, problem)
     # One more pass shows whether x is exact, as it should be.

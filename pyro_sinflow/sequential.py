@@ -224,12 +224,7 @@ def frozen_weights(stages: Stages, c: Tensor | None, ordered: bool) -> list[tupl
 
 
 class WholeEvaluation:
-    """Evaluates a whole network at once, with its current weights and without a graph.
-
-    Args:
-        stages: The stages of the network.
-        c: The context, with shape (N, C) or (1, C), or :py:`None`.
-    """
+    """Evaluates a whole network at once, with its current weights and without a graph."""
 
     def __init__(self, stages: Stages, c: Tensor | None) -> None:
         self.operations = stages.operations
@@ -259,11 +254,6 @@ class StagedEvaluation:
     Tensors have units first and rows of the batch last, so that the units of a stage are
     contiguous. The units before a block of stages contribute to the whole block by one matrix
     product, so that the products of a single stage are small.
-
-    Args:
-        stages: The stages of the network.
-        c: The context, with shape (N, C) or (1, C), or :py:`None`.
-        rows: The number of rows N.
     """
 
     def __init__(self, stages: Stages, c: Tensor | None, rows: int) -> None:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from .arrays import PLAIN, Array
 
 
-def bound(min_slope: float, eps: float) -> float:
+def largest_residual(min_slope: float, eps: float) -> float:
     """Returns the largest |alpha|, which is below 1 by more than round-off."""
     return 1 - max(min_slope, 16 * eps)
 
@@ -39,7 +39,7 @@ class Chain(NamedTuple):
 
     frequency: Array  # a > 0, (M, B, K, P)
     weight: Array  # w
-    residual: Array  # alpha over its bound, (M, B, 1, P)
+    residual: Array  # alpha over its largest value, (M, B, 1, P)
     amplitude: Array  # alpha w, (M, B, K, P)
     cosine: Array  # -cos(2b)
     sine: Array  # sin(2b)
@@ -60,7 +60,7 @@ def constrain(parameters: Array, min_slope: float, xp: SimpleNamespace = PLAIN) 
         frequency=xp.clip(xp.softplus(parameters[:, :, :k]), smallest, None),
         weight=weight,
         residual=residual,
-        amplitude=bound(min_slope, float(info.eps)) * residual * weight,
+        amplitude=largest_residual(min_slope, float(info.eps)) * residual * weight,
         cosine=-xp.cos(angle),
         sine=xp.sin(angle),
         shift=parameters[:, :, 3 * k + 1 :] if rest == 2 else None,

@@ -45,7 +45,7 @@ class TriangularTransform(Bijection):
             for a feature must depend only on the features before it, and it must be deterministic.
             Gradients of the inverse reach all tensors that it depends on. An
             :class:`~pyro_sinflow.AutoregressiveMap` can add a faster inverse; it has its own
-            ``passes`` and ``event_dim``, and those given here are ignored.
+            ``passes`` and ``event_dim``.
         passes: An upper bound on the number of passes (2 for a coupling). If :py:`None`, the number
             of features.
         event_dim: The number of dimensions of x that make up an event: 1 for vectors, 3 for
@@ -56,9 +56,9 @@ class TriangularTransform(Bijection):
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
 
     Raises:
-        TypeError: If ``conditioner`` is not callable, a size is not an integer, or ``solver`` is
-            not a :class:`Solver`. When the transform is called: if ``conditioner`` does not return
-            a transform.
+        TypeError: If ``conditioner`` is not callable, a size is not an integer, ``solver`` is not a
+            :class:`Solver`, or ``passes`` or ``event_dim`` is given for a map that has its own.
+            When the transform is called: if ``conditioner`` does not return a transform.
         ValueError: If a size is not positive, or ``cache_size`` is neither 0 nor 1.
         InversionError: When the inverse is called: if the map is not triangular or not
             deterministic, or if all events leave the range of the dtype while Pyro's validation
@@ -89,6 +89,8 @@ class TriangularTransform(Bijection):
 
         if not isinstance(conditioner, AutoregressiveMap):
             conditioner = AutoregressiveMap(conditioner, event_dim, passes)
+        elif passes is not None or event_dim not in (1, conditioner.event_dim):
+            raise TypeError("'conditioner' has its own 'passes' and 'event_dim', which were given.")
         if type(solver) is not Solver:
             check.instance("solver", solver, Solver)
         if batch_shape != ():

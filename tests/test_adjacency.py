@@ -120,8 +120,8 @@ def test_log_determinants(name, context):
 @pytest.mark.parametrize("substitution", [False, True])
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_inverse(name, substitution, monkeypatch):
-    monkeypatch.setattr(autoregressive, "_LEAST", 0 if substitution else 10**9)
-    monkeypatch.setattr(autoregressive, "_ENOUGH", 10**9)
+    monkeypatch.setattr(autoregressive, "_ROWS_PER_STAGE", 0 if substitution else 10**9)
+    monkeypatch.setattr(autoregressive, "_ENOUGH_ROWS", 10**9)
     f = flow(torch.cat((GRAPHS[name], SOME), dim=1), 2, 2)
     y, c = torch.randn(50, 5).double(), torch.randn(50, 2).double()
     t = f(c).transform

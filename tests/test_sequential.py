@@ -53,7 +53,7 @@ def calls(monkeypatch):
             made.append(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(autoregressive, "_LEAST", 0)
+    monkeypatch.setattr(autoregressive, "_ROWS_PER_STAGE", 0)
     monkeypatch.setattr(autoregressive, "StagedEvaluation", Counted)
     return made
 
@@ -70,8 +70,8 @@ def test_agrees_with_whole_passes(name, context, dtype, calls, monkeypatch):
         x = t.inv(y)
         constant = name == "one" and context == 0  # nothing to depend on, and no network
         assert len(calls) == (0 if constant else 1 if name == "coupling" else 2)
-        monkeypatch.setattr(autoregressive, "_LEAST", 10**9)
-        monkeypatch.setattr(autoregressive, "_ENOUGH", 10**9)
+        monkeypatch.setattr(autoregressive, "_ROWS_PER_STAGE", 10**9)
+        monkeypatch.setattr(autoregressive, "_ENOUGH_ROWS", 10**9)
         whole = t.inv(y)
         assert len(calls) <= 2
     eps = torch.finfo(dtype).eps
@@ -121,9 +121,9 @@ def test_gradients_do_not_depend_on_it(calls, monkeypatch):
     t = perturb(LDU(7).double())
     y = torch.randn(5, 7).double()
     grads = []
-    monkeypatch.setattr(autoregressive, "_ENOUGH", 10**9)
+    monkeypatch.setattr(autoregressive, "_ENOUGH_ROWS", 10**9)
     for least in (0, 10**9):
-        monkeypatch.setattr(autoregressive, "_LEAST", least)
+        monkeypatch.setattr(autoregressive, "_ROWS_PER_STAGE", least)
         grads.append(torch.autograd.grad(t.inv(y).sin().sum(), [*t.parameters()]))
         t.clear_cache()
     assert len(calls) == 2
@@ -173,9 +173,9 @@ def test_a_batch_keeps_the_events_that_stay_in_range(calls, monkeypatch):
             p.fill_(1.0)
     y = torch.randn(5, 4)
     y[2] = 1e30
-    monkeypatch.setattr(autoregressive, "_ENOUGH", 10**9)
+    monkeypatch.setattr(autoregressive, "_ENOUGH_ROWS", 10**9)
     for least in (0, 10**9):
-        monkeypatch.setattr(autoregressive, "_LEAST", least)
+        monkeypatch.setattr(autoregressive, "_ROWS_PER_STAGE", least)
         with pytest.warns(InversionWarning, match="leaves the range of torch.float32 in 1 of 5"):
             x = t.inv(y)
         keep = torch.tensor([0, 1, 3, 4])
@@ -213,7 +213,7 @@ def test_settles_all_in_one_pass(calls):
 
 
 def test_is_for_batches_that_are_large_enough(calls, monkeypatch):
-    monkeypatch.setattr(autoregressive, "_LEAST", 3)
+    monkeypatch.setattr(autoregressive, "_ROWS_PER_STAGE", 3)
     # There is a stage for each feature, if there are enough hidden units, and one for the context.
     for features, least in [(8, 27), (200, 384)]:
         t = perturb(LDU(features, hidden_features=(200,)), 0.01).block.lower()

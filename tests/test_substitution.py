@@ -27,7 +27,7 @@ from pyro_sinflow import (
     kernels,
     record_inversions,
 )
-from pyro_sinflow.autoregressive import affine_chain
+from pyro_sinflow.autoregressive import kernel_form
 from pyro_sinflow.flows import AffineSinusoids
 from pyro_sinflow.kernels import substitution as gpu
 
@@ -274,7 +274,7 @@ class Swapped(MonotonicAffineTransform):
     ],
 )
 def test_which_maps_the_kernel_inverts(univariate, shapes, known):
-    assert (affine_chain(univariate, shapes) is not None) == known
+    assert (kernel_form(univariate, shapes) is not None) == known
 
 
 def test_cpu_tensors_and_half_precision_are_not_given_to_it():

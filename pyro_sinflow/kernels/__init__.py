@@ -81,11 +81,7 @@ class Schedule(NamedTuple):
 def evaluate(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, Tensor]:
     """Returns value and log-slope of a chain.
 
-    Args:
-        x: The numbers, with shape (*).
-        parameters: The unconstrained parameters, whose batch shape broadcasts with that of the
-            numbers.
-        min_slope: The smallest slope of each sinusoid.
+    The batch shape of the unconstrained parameters broadcasts with the shape of the numbers.
     """
     x, parameters = _broadcast(x, parameters)
     if not x.numel():
@@ -105,15 +101,7 @@ def evaluate(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, T
 
 @honours_torch_function
 def invert(y: Tensor, parameters: Tensor, min_slope: float, solver: Solver) -> Tensor:
-    """Returns the numbers at which a chain has the values y.
-
-    Args:
-        y: The values, with shape (*).
-        parameters: The unconstrained parameters, whose batch shape broadcasts with that of the
-            values.
-        min_slope: The smallest slope of each sinusoid.
-        solver: Method, tolerance and number of iterations.
-    """
+    """Returns the numbers at which a chain has the values y, with arguments as :func:`evaluate`."""
     y, parameters = _broadcast(y, parameters)
     if not y.numel():
         return y + parameters.sum()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import PLAIN, Array
-from ..sinusoid import Chain, bound, constrain, sinusoids
+from ..sinusoid import Chain, constrain, largest_residual, sinusoids
 from ..solvers import Root, Solver, solve_increasing
 
 _PRODUCT = 32  # components up to which matrix products, which sum sequentially, are accurate
@@ -90,7 +90,7 @@ def backward(
     x, raw = arrange_all(x, parameters, xp)
     g, gl = arrange(gy, batch), arrange(gl, batch)
     chain, slopes, xs = Chain._make((*saved[:6], None)), saved[6], xp.stack((x, *saved[7:]))
-    derivative = (_ByProducts if _by_products(chain) else _BySums)(xs, chain, xp)
+    derivative = (_WithProducts if _shares_parameters(chain) else _WithSums)(xs, chain, xp)
     curvature = derivative.curvature()
     g_slope = gl / slopes
     curvature *= g_slope
@@ -137,7 +137,7 @@ class _Product(NamedTuple):
         return (value, slope) if rows.shape[1] == 2 else (value, slope, rows[:, 2:])
 
 
-def _by_products(chain: Chain) -> bool:
+def _shares_parameters(chain: Chain) -> bool:
     return chain.frequency.shape[3] == 1 and chain.frequency.shape[2] <= _PRODUCT
 
 
@@ -146,7 +146,7 @@ def _functions(
 ) -> list[Callable[[Array], tuple[Array, ...]]]:
     """Returns functions that evaluate the sinusoids of a chain."""
     functions: list[Callable[[Array], tuple[Array, ...]]] = []
-    if not _by_products(chain):
+    if not _shares_parameters(chain):
         for s in sinusoids(chain, xp):
             functions.append(partial(s.evaluate, curvature=curvature))
         return functions
@@ -190,7 +190,7 @@ def _peak(xs: Array, own: bool, xp: SimpleNamespace) -> Array:
     return xp.clip(size, float(xp.finfo(xs.dtype).tiny), None)
 
 
-class _ByProducts:
+class _WithProducts:
     """Intermediate results for derivatives, if numbers share their parameters."""
 
     def __init__(self, xs: Array, chain: Chain, xp: SimpleNamespace) -> None:
@@ -233,7 +233,7 @@ class _ByProducts:
         )
 
 
-class _BySums:
+class _WithSums:
     """Intermediate results for derivatives, if each number has its own parameters."""
 
     def __init__(self, xs: Array, chain: Chain, xp: SimpleNamespace) -> None:
@@ -279,7 +279,7 @@ def _parameter_gradients(
     """Returns the cotangents of the unconstrained parameters."""
     a, w, alpha, amplitude, u, v, _ = chain
     eps = float(xp.finfo(a.dtype).eps)
-    limit = bound(min_slope, eps)
+    limit = largest_residual(min_slope, eps)
     # The derivative of P / a by a is (x cos(2ax) - P / a) / a. For small ax, this is a difference
     # of nearly equal numbers, and is replaced by the first term of its series.
     largest = a * reduced.peak

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._torch import can_branch_on
-from ..sinusoid import bound
+from ..sinusoid import largest_residual
 from ..solvers import Root, Solver
 
 if [*map(int, triton.__version__.split(".")[:2])] < [3, 2]:
@@ -310,7 +310,7 @@ def chain_constants(m: int, count: int, min_slope: float, dtype: torch.dtype) ->
         "m": m,
         "count": count,
         "width": triton.next_power_of_2(count),
-        "limit": bound(min_slope, info.eps),
+        "limit": largest_residual(min_slope, info.eps),
         "smallest": info.tiny**0.5,
     }
 
