@@ -13,6 +13,7 @@ from zuko.transforms import AdditiveTransform
 
 from pyro_sinflow import (
     LDU,
+    AutoregressiveMap,
     ConditionalLDU,
     FastInverse,
     LazyTriangular,
@@ -345,3 +346,11 @@ def test_no_hidden_layer_is_a_linear_conditioner():
 def test_a_non_bijective_part():
     with pytest.raises(ValueError, match="'upper' should be bijective, got AbsTransform"):
         LDUTransform(**parts(upper=torch.distributions.AbsTransform()))
+
+
+@pytest.mark.parametrize("given", [{"passes": 2}, {"event_dim": 2}])
+def test_a_map_has_its_own_sizes(given):
+    own = AutoregressiveMap(shift, event_dim=1)
+    with pytest.raises(TypeError, match="'conditioner' has its own 'passes' and 'event_dim'"):
+        TriangularTransform(own, **given)
+    assert TriangularTransform(own).event_dim == 1
