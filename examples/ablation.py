@@ -152,7 +152,7 @@ class Case(NamedTuple):
     """A flow and the options of its fit."""
 
     make: Callable[[int], Flow]
-    budget: Budget = Budget(400, lr=6e-3)
+    budget: Budget
     groups: Callable[[Flow], Any] = lambda flow: flow.parameters()
 
 
@@ -176,49 +176,49 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "six transforms": {"transforms": 6},
     "one sinusoid": {"sinusoids": 1},
     "eight sinusoids": {"sinusoids": 8},
+    "two components": {"components": 2},
+    "four sinusoids of two components": {"sinusoids": 4, "components": 2},
+    "six sinusoids of one component": {"sinusoids": 6, "components": 1},
     "eight components": {"components": 8},
     "least slope 0.05": {"min_slope": 0.05},
     "scales from 0.1 to 10": {"max_scale": 10.0},
 }
-BUDGETS: dict[str, dict[str, Any]] = {
-    "half the learning rate": {"lr": 3e-3},
-    "twice the learning rate": {"lr": 1.2e-2},
-    "no clipping of gradients": {"clip": math.inf},
-    "weight decay 0.1": {"weight_decay": 0.1},
-    "averaged weights": {"average": 0.99},
+BUDGETS: dict[str, Callable[[Budget], Budget]] = {
+    "half the learning rate": lambda budget: replace(budget, lr=budget.lr / 2),
+    "twice the learning rate": lambda budget: replace(budget, lr=budget.lr * 2),
+    "no clipping of gradients": lambda budget: replace(budget, clip=math.inf),
+    "weight decay 0.1": lambda budget: replace(budget, weight_decay=0.1),
+    "averaged weights": lambda budget: replace(budget, average=0.99),
 }
 
 
-def cases(conditioner: str) -> dict[str, Case]:
+def cases(conditioner: str, budget: Budget) -> dict[str, Case]:
     """Returns the flow without a change, and with each change."""
     make = DEFAULTS[conditioner]
-    default = Case(make)
-    found = {"no change": default}
-    found |= {name: Case(partial(make, **options)) for name, options in OPTIONS.items()}
-    found |= {
-        name: Case(make, replace(default.budget, **changes)) for name, changes in BUDGETS.items()
-    }
+    found = {"no change": Case(make, budget)}
+    found |= {name: Case(partial(make, **options), budget) for name, options in OPTIONS.items()}
+    found |= {name: Case(make, change(budget)) for name, change in BUDGETS.items()}
     for name, factor in (("half the frequencies", 0.5), ("twice the frequencies", 2.0)):
-        found[name] = Case(lambda features, factor=factor: wave(make(features), factor))
+        found[name] = Case(lambda features, factor=factor: wave(make(features), factor), budget)
     for name, what in (
         ("normal initial frequencies and phases", "waves"),
         ("normal initial residual weights", "alpha"),
     ):
-        found[name] = Case(lambda features, what=what: normal(make(features), what))
+        found[name] = Case(lambda features, what=what: normal(make(features), what), budget)
     if conditioner == "default":
-        return found | {"five affine maps, with free sinusoids": Case(hybrid)}
-    found["no affine map"] = Case(lambda features: without_affine(make(features), features))
+        return found | {"five affine maps, with free sinusoids": Case(hybrid, budget)}
+    found["no affine map"] = Case(lambda features: without_affine(make(features), features), budget)
     for name, kind, factor in (
         ("sinusoids learn 5 times faster", LazySinusoids, 5.0),
         ("affine map learns 10 times slower", LazyAffine, 0.1),
     ):
-        grouped = partial(groups, kind=kind, rate=default.budget.lr, factor=factor)
-        found[name] = Case(make, groups=grouped)
+        grouped = partial(groups, kind=kind, rate=budget.lr, factor=factor)
+        found[name] = Case(make, budget, grouped)
     if conditioner == "the paper's LDU blocks":
         for name in ("scales from 0.1 to 10", "no linear maps", "no asinh"):  # the flow has none
             del found[name]
-        found["scales in L and U"] = Case(partial(make, scale=True))
-        found["the paper, literally"] = Case(literal)
+        found["scales in L and U"] = Case(partial(make, scale=True), budget)
+        found["the paper, literally"] = Case(literal, budget)
     return found
 
 
@@ -257,6 +257,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, default=400, help="of each flow (default: %(default)s)"
     )
+    parser.add_argument(
+        "--lr", type=float, default=6e-3, help="learning rate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clip", type=float, default=10.0, help="largest norm of a gradient (default: %(default)s)"
+    )
     parser.add_argument("--data", nargs="+", choices=DATA, default=[*REAL], help="data sets")
     parser.add_argument("--data-root", type=Path, help="folder of 'uci.npz' and 'bsds300.npz'")
     parser.add_argument(
@@ -271,13 +277,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     sets = {name: DATA[name](args.data_root) for name in args.data}
+    budget = Budget(args.steps, lr=args.lr, clip=args.clip, patience=args.steps / 3)
     results: dict[str, dict[str, Scores]] = {}
     for conditioner in args.conditioners:
         results[conditioner], times = {}, {}
-        for change, case in cases(conditioner).items():
+        for change, case in cases(conditioner, budget).items():
             if args.changes and change not in ("no change", *args.changes):
                 continue
-            budget = replace(case.budget, steps=args.steps, patience=args.steps / 3)
             scores: Scores = {name: [] for name in sets}
             results[conditioner][change] = scores
             for name, data in sets.items():
@@ -286,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     flow = case.make(data.train.shape[1])
                     said = f"{name}, {conditioner}, {change}, seed {seed}"
                     path = args.out / f"{said}.pt"
-                    fit(said, flow, data, budget, path, case.groups(flow))
+                    fit(said, flow, data, case.budget, path, case.groups(flow))
                     scores[name].append(-evaluate(flow, data.validation)[0])
             times[change] = mean(
                 slowdown(case.make, DEFAULTS[conditioner], d) for d in sets.values()
