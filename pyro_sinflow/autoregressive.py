@@ -32,7 +32,7 @@ class AutoregressiveMap:
 
     Args:
         conditioner: A function that takes x, with shape :math:`(*, \text{features})`, and returns
-            the element-wise increasing :math:`\tau` as a transform.
+            the element-wise monotone :math:`\tau` as a transform.
         event_dim: The number of dimensions of an event.
         passes: An upper bound on the number of passes of the inverse. If :py:`None`, the number of
             features.
@@ -106,7 +106,7 @@ class NetworkMap(AutoregressiveMap):
     r"""A map whose parameters come from a masked network, which can be evaluated in stages.
 
     Args:
-        conditioner: A function that takes x and returns the element-wise increasing :math:`\tau`.
+        conditioner: A function that takes x and returns the element-wise monotone :math:`\tau`.
         network: Its network, whose input is the features followed by the context, or :py:`None` if
             the network is not known, or ``univariate`` cannot be applied to some of the features.
         univariate: The constructor of :math:`\tau`.

@@ -1,4 +1,4 @@
-r"""Element-wise transforms: sinusoids, affine maps and the inverse hyperbolic sine."""
+r"""Element-wise transforms: sinusoids and the inverse hyperbolic sine."""
 
 from __future__ import annotations
 

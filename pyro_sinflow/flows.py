@@ -57,8 +57,8 @@ class SinusoidalFlow(Flow):
     .. math:: f = A \circ T_n \circ W_n \circ \dots \circ T_1 \circ W_1 \circ C
 
     C compresses the tails of each feature. Each W is a linear map, and each T a triangular
-    transformation or an LDU block. A is an element-wise affine map. Scoring takes one pass through
-    each network, sampling a few.
+    transformation or an LDU block. A is an element-wise affine map. Scoring evaluates each network
+    once. Sampling evaluates it a few times.
 
     Warning:
         Standardize features (zero mean, unit variance) before training. The initial frequencies

@@ -67,15 +67,22 @@ class AutoLDU(AutoContinuous):
 
     Args:
         model: A model whose latent variables are continuous.
-        init_loc_fn: The initial location: one of Pyro's initialization functions. The default is
+        init_loc_fn: One of Pyro's initialization functions, for the first point of the search, and
+            for the initial location if the guide does not start at a mode. The default is
             ``init_to_median(num_samples=1000)``, the median of samples from the prior.
-        init_scale: The initial scale of each unconstrained latent variable.
+        init_scale: The initial scale of each unconstrained latent variable, if the guide does not
+            start at a mode.
         starts: The number of points from which a mode is searched: the initial location, and
             the best of 32 points that are uniform between -2 and 2 in unconstrained space. With 0,
             the guide starts at the initial location with the initial scale.
         blocks: The number of LDU blocks.
-        sinusoids, ..., activation: The options of :class:`pyro_sinflow.LDU`, with other defaults
-            for ``max_scale``.
+        sinusoids: The number of sinusoids in D.
+        components: The number of components K of each sinusoid.
+        max_scale: The largest factor by which L and U scale a variable. The smallest is its
+            reciprocal.
+        min_slope: The smallest slope of a sinusoid, in :math:`(0, 1)`.
+        hidden_features: The numbers of hidden features of each network.
+        activation: The activation function constructor. If :py:`None`, :class:`torch.nn.ReLU`.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -1,7 +1,7 @@
 r"""Flows for `sbi <https://sbi.readthedocs.io>`_, with its z-scoring: for NPE and ``VIPosterior``.
 
 sbi is needed when these functions are called, and not for the rest of the package. It comes with
-``pip install 'pyro-sinflow[inference]'``.
+``pip install '.[inference]'`` in a checkout.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def variational_family(
 ) -> Callable[..., nn.Module]:
     r"""Returns a function that builds a variational posterior for sbi's ``VIPosterior``.
 
-    Variational inference scores the flow's own samples. The flow is turned around for that:
-    sampling is its explicit direction, and the density of other parameters takes the inverse.
+    Variational inference scores the flow's own samples. The flow is used in its inverse direction
+    for that: sampling takes one pass, and the density of other parameters takes the inverse.
     As for sbi's own flows, samples are transformed to the support of the prior, and standardized by
     1,000 draws from it, in unconstrained space.
 
@@ -107,9 +107,10 @@ def variational_family(
         prior: The prior of the parameters.
         build: The constructor of the flow, called with the number of parameters:
             ``functools.partial`` of :class:`~pyro_sinflow.SinusoidalFlow` with ``tails=False`` and
-            other options, or one of zuko's. If :py:`None`, without other options. With ``tails``,
-            the flow turned around would have tails so thin that the density of draws from the prior
-            may be zero. The base of the flow should be a standard normal distribution.
+            other options, or one of zuko's. If :py:`None`, :class:`~pyro_sinflow.SinusoidalFlow`
+            with ``tails=False``. With ``tails``, the tails would be so thin that the density of
+            draws from the prior may be zero. The base of the flow should be a standard normal
+            distribution.
         z_score_theta: How unconstrained parameters are standardized: ``"independent"``, each by
             itself; ``"structured"``, all by one mean and deviation; ``"none"`` or :py:`None`, not
             at all.
@@ -145,7 +146,7 @@ def _require_sbi() -> None:
         import_module("sbi")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "This function needs sbi, which comes with: pip install 'pyro-sinflow[inference]'",
+            "This function needs sbi, which comes with the extra 'inference' of pyro-sinflow.",
             name="sbi",
         ) from error
 

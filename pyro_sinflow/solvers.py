@@ -5,7 +5,7 @@ root. It uses Halley's method, then Newton's method for the few elements that ha
 with bisection where a step leaves the bracket or does not halve the residual. It converges for
 every such function. Triangular maps are inverted in :mod:`pyro_sinflow.nilpotent`.
 
-The method ``"banach"`` is the paper's Algorithm 1, a plain fixed-point iteration for both.
+The method ``"banach"`` is the paper's Algorithm 1 for sinusoids, a plain fixed-point iteration.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Solver:
 
     Args:
         method: ``"default"`` inverts sinusoids by Halley's method and bracketed Newton steps, and
-            triangular maps by forward substitution or nilpotent iteration. ``"banach"`` is the
-            paper's Algorithm 1, a fixed-point iteration for both. It converges linearly with rate
-            :math:`|\alpha|` and is meant for comparison.
+            triangular maps by forward substitution or repeated passes. ``"banach"`` is meant for
+            comparison: the paper's Algorithm 1 for sinusoids, which converges linearly with rate
+            :math:`|\alpha|`, and for triangular maps the passes of the default, started at y.
         tolerance: The relative tolerance, in :math:`(0, 1)`. Sinusoids: iterate until
             :math:`|f(x) - y| \leq` ``tolerance`` :math:`\cdot (1 + |x| + |y|)` for all elements of
             each sinusoid. Triangular maps: iterate until a pass changes no feature by more than

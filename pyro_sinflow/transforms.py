@@ -40,7 +40,7 @@ class TriangularTransform(Bijection):
 
     Args:
         conditioner: A function that takes x, with shape :math:`(*, \text{features})`, and returns
-            the element-wise increasing transformation :math:`\tau`: one of
+            the element-wise monotone transformation :math:`\tau`: one of
             :mod:`zuko.transforms`, a :class:`SinusoidalTransform`, or a composition. Its parameters
             for a feature must depend only on the features before it, and it must be deterministic.
             Gradients of the inverse reach all tensors that it depends on. An
@@ -57,8 +57,8 @@ class TriangularTransform(Bijection):
 
     Raises:
         TypeError: If ``conditioner`` is not callable, a size is not an integer, ``solver`` is not a
-            :class:`Solver`, or ``passes`` or ``event_dim`` is given for a map that has its own.
-            When the transform is called: if ``conditioner`` does not return a transform.
+            :class:`Solver`, or ``passes`` or another ``event_dim`` is given for a map that has its
+            own. When the transform is called: if ``conditioner`` does not return a transform.
         ValueError: If a size is not positive, or ``cache_size`` is neither 0 nor 1.
         InversionError: When the inverse is called: if the map is not triangular or not
             deterministic, or if all events leave the range of the dtype while Pyro's validation
@@ -90,7 +90,10 @@ class TriangularTransform(Bijection):
         if not isinstance(conditioner, AutoregressiveMap):
             conditioner = AutoregressiveMap(conditioner, event_dim, passes)
         elif passes is not None or event_dim not in (1, conditioner.event_dim):
-            raise TypeError("'conditioner' has its own 'passes' and 'event_dim', which were given.")
+            raise TypeError(
+                "'passes' and 'event_dim' should be left out for an AutoregressiveMap, which has "
+                f"its own, got {passes} and {event_dim}."
+            )
         if type(solver) is not Solver:
             check.instance("solver", solver, Solver)
         if batch_shape != ():
