@@ -22,10 +22,12 @@ from .flows import SinusoidalFlow
 
 _PRIOR_SAMPLES = 1000  # as many as sbi draws for its own flows
 _SCORES = (None, "none", "independent", "structured")
+_POSTERIOR = partial(SinusoidalFlow, hidden_features=(64, 64, 64, 64))
+_VARIATIONAL = partial(SinusoidalFlow, tails=False)
 
 
 def posterior_nn(
-    build: Callable[[int, int], Flow] = SinusoidalFlow,
+    build: Callable[[int, int], Flow] | None = None,
     *,
     z_score_theta: str | None = "independent",
     z_score_x: str | None = "independent",
@@ -41,8 +43,9 @@ def posterior_nn(
 
     Args:
         build: The constructor of the flow, called with the numbers of parameters and of context
-            features: :class:`~pyro_sinflow.SinusoidalFlow`, ``functools.partial`` of it with
-            other options, or one of zuko's.
+            features: ``functools.partial`` of :class:`~pyro_sinflow.SinusoidalFlow` with options,
+            or one of zuko's. If :py:`None`, :class:`~pyro_sinflow.SinusoidalFlow` with four hidden
+            layers of 64 units, about as many as sbi's own flows have.
         z_score_theta: How parameters are standardized: ``"independent"``, each by itself;
             ``"structured"``, all by one mean and deviation; ``"transform_to_unconstrained"``, by
             the bijection from the support of ``x_dist`` to real numbers, without z-scoring;
@@ -74,7 +77,7 @@ def posterior_nn(
         torch.Size([5, 2])
     """
     _require_sbi()
-    check.function("build", build)
+    make = _POSTERIOR if build is None else check.function("build", build)
     check.choice("z_score_theta", z_score_theta, (*_SCORES, "transform_to_unconstrained"))
     check.choice("z_score_x", z_score_x, _SCORES)
     if embedding_net is not None:
@@ -87,7 +90,7 @@ def posterior_nn(
             )
         check.instance("x_dist", x_dist, Distribution)
     # A function that can be pickled, which sbi needs.
-    return partial(_posterior, build, z_score_theta, z_score_x, embedding_net, x_dist)
+    return partial(_posterior, make, z_score_theta, z_score_x, embedding_net, x_dist)
 
 
 def variational_family(
@@ -135,7 +138,7 @@ def variational_family(
     """
     _require_sbi()
     check.instance("prior", prior, Distribution)
-    make = partial(SinusoidalFlow, tails=False) if build is None else check.function("build", build)
+    make = _VARIATIONAL if build is None else check.function("build", build)
     check.choice("z_score_theta", z_score_theta, _SCORES)
     return partial(_variational, prior, make, z_score_theta)
 
