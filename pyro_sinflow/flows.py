@@ -35,12 +35,28 @@ from .networks import MaskedNetwork
 from .solvers import Solver
 from .transforms import Composition
 
+_CONTEXT = 0.3  # the initial b of the asinh of data
+
 
 class _LazyComposition(LazyComposedTransform):
-    """Composes lazy transforms to a transform that checks its input once."""
+    """Composes lazy transforms to a transform that checks its input once.
+
+    Args:
+        transforms: The transforms, of which the last has a parameter.
+        compress: Whether asinh compresses large values of the context.
+    """
+
+    def __init__(self, *transforms: nn.Module, compress: bool) -> None:
+        super().__init__(*transforms)
+
+        self.compress = compress
 
     def forward(self, c: Tensor | None = None) -> Composition:
         """Returns the composition, given a context."""
+        if isinstance(c, Tensor) and self.compress:  # other types lead to an error below
+            if not c.is_floating_point() and not c.is_complex():
+                c = c.to(self.transforms[-1].parameter.dtype)
+            c = (_CONTEXT * at_least_float32(c)).asinh() / _CONTEXT
         transforms = [t(c) for t in self.transforms]
         context_shape = Size() if c is None else c.shape[:-1]
         return Composition(*transforms, context_shape=context_shape)
@@ -61,8 +77,8 @@ class SinusoidalFlow(Flow):
     once. Sampling evaluates it a few times.
 
     Warning:
-        Standardize features (zero mean, unit variance) before training. The initial frequencies
-        have periods that suit such data.
+        Standardize features and context (zero mean, unit variance) before training. The initial
+        frequencies have periods that suit such data.
 
     References:
         | Sinusoidal Flow: A Fast Invertible Autoregressive Flow (Wei, 2021)
@@ -82,7 +98,8 @@ class SinusoidalFlow(Flow):
             identity. If :py:`None`, it does where an event is a vector and there is no
             ``adjacency``.
         tails: Whether :math:`\text{asinh}(b x) / b`, with a learned b for each feature, is applied
-            to the data first. It keeps outliers of heavy-tailed data within reach of the networks.
+            to the data first, and with b = 0.3 to the context. It keeps outliers of heavy-tailed
+            data within reach of the networks.
         scale: Whether LDU blocks scale features in addition to shifting them. The block of the
             paper is ``scale=False``. The autoregressive conditioner always scales.
         max_scale: The largest factor, greater than 1, of each affine map that depends on other
@@ -207,7 +224,7 @@ class SinusoidalFlow(Flow):
             ndims=len(shape),
             buffer=True,
         )
-        super().__init__(_LazyComposition(*lazy), base)
+        super().__init__(_LazyComposition(*lazy, compress=tails and context > 0), base)
 
 
 def _check_linear(linear: bool | None, features: Size, adjacency: bool) -> bool:

@@ -12,6 +12,8 @@ from . import _validate as check
 from ._torch import without_autocast
 from .bijection import Bijection, at_least_float32
 
+_FULL_RATE = 64  # features, beyond which parameters are scaled down
+
 
 class Linear(Bijection):
     r"""Creates a linear transformation.
@@ -27,7 +29,9 @@ class Linear(Bijection):
 
     Args:
         matrix: The unconstrained parameters, with shape :math:`(D, D)`: below its diagonal L, above
-            it U, and on it the logarithms of the diagonal of U. Zeros make the identity.
+            it U, and on it the logarithms of the diagonal of U. Zeros make the identity. For more
+            than 64 features, they are multiplied by 64 / D: an optimizer such as Adam moves each
+            parameter by about the learning rate, so that a step would move the sum of many far.
     """
 
     _event_dim = 1
@@ -46,6 +50,8 @@ class Linear(Bijection):
         # At each use: stored values would be out of date after a step of the optimizer, and their
         # graph freed by the first backward pass.
         matrix = at_least_float32(self.matrix)
+        if len(matrix) > _FULL_RATE:
+            matrix = matrix * (_FULL_RATE / len(matrix))
         diagonal = matrix.diagonal()
         log_diagonal = diagonal / (1 + diagonal.abs() / math.log(1e3))
         upper = matrix.triu(1) + log_diagonal.exp().diag_embed()

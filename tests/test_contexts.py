@@ -1,5 +1,7 @@
 """Contexts: large ones, those of half precision, and those that do not fit."""
 
+import copy
+
 import pytest
 import torch
 import zuko
@@ -55,6 +57,27 @@ def test_a_large_context_needs_no_more_than_its_weights(name):
     weights = max(p.numel() for p in flow.parameters())
     assert weights >= 4 * context
     assert largest.size <= max(weights, rows * (context + 4))
+
+
+@pytest.mark.parametrize("name", ["scale", "autoregressive"])
+def test_asinh_compresses_a_context(name):
+    flow = perturb(FLOWS[name](3), 0.1)
+    c, x = 100 * torch.randn(5, 3), features(name, 5)
+    compressed = (0.3 * c).asinh() / 0.3
+    plain = copy.deepcopy(flow)
+    plain.transform.compress = False
+    assert torch.allclose(flow(c).log_prob(x), plain(compressed).log_prob(x))
+    assert not torch.allclose(flow(c).log_prob(x), plain(c).log_prob(x))
+
+
+def test_a_flow_without_asinh_takes_the_context_as_it_is():
+    flow = SinusoidalFlow(4, 3, tails=False)
+    c, x = 100 * torch.randn(5, 3), torch.randn(5, 4)
+    value, ladj = x, 0
+    for lazy in flow.transform.transforms:
+        value, part = lazy(c).call_and_ladj(value)
+        ladj = ladj + (part if part.ndim == 1 else part.sum(-1))
+    assert torch.allclose(flow(c).log_prob(x), flow.base(c).log_prob(value) + ladj)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

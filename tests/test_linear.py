@@ -61,6 +61,14 @@ def test_a_linear_map_starts_as_the_identity(features, batch, dtype):
     assert torch.equal(ladj, torch.zeros(batch, dtype=dtype))
 
 
+@pytest.mark.parametrize("features", [32, 64, 65, 300, 1000])
+def test_a_step_of_all_parameters_moves_a_large_event_no_further(features):
+    # The first step of Adam, with a learning rate of 0.01.
+    x = torch.ones(features)
+    moved = (Linear(torch.full((features, features), 0.01))(x) - x).abs().max()
+    assert 0.3 < moved < 2.0
+
+
 def test_a_linear_map_is_the_product_of_its_factors():
     matrix, x = torch.randn(4, 4).double(), torch.randn(5, 4).double()
     diagonal = matrix.diagonal() / (1 + matrix.diagonal().abs() / math.log(1e3))
