@@ -103,12 +103,6 @@ def hybrid(features: int, transforms: int = 5) -> Flow:
     return density(LazyComposedTransform(*parts), features)
 
 
-def free(flow: Flow, kind: type[nn.Module]) -> list[dict[str, nn.Parameter]]:
-    """Returns the parameters of all modules of a type."""
-    modules = (module for module in flow.modules() if isinstance(module, kind))
-    return [dict(module.named_parameters(recurse=False)) for module in modules]
-
-
 def starts(flow: Flow) -> Iterator[Tensor]:
     """Yields the initial parameters of all sinusoids: free ones, and biases of networks."""
     for module in flow.modules():
@@ -143,7 +137,8 @@ def without_affine(flow: Flow, features: int) -> Flow:
 
 def groups(flow: Flow, kind: type[nn.Module], rate: float, factor: float) -> list[dict[str, Any]]:
     """Returns groups of parameters with another learning rate for a type of modules."""
-    own = [p for parameters in free(flow, kind) for p in parameters.values()]
+    modules = (module for module in flow.modules() if isinstance(module, kind))
+    own = [p for module in modules for p in module.parameters(recurse=False)]
     others = [p for p in flow.parameters() if all(p is not q for q in own)]
     return [{"params": others}, {"params": own, "lr": factor * rate}]
 
