@@ -42,14 +42,11 @@ class SinusoidalChain(Bijection):
             f"SinusoidalChain(sinusoids: {m}, components: {size // 3}, batch_shape: {tuple(shape)})"
         )
 
-    def _chain(self) -> Tensor:
-        return self.packed
-
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return evaluate(x, self._chain(), self.min_slope)
+        return evaluate(x, self.packed, self.min_slope)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return invert(y, self._chain(), self.min_slope, self.solver)
+        return invert(y, self.packed, self.min_slope, self.solver)
 
 
 class Deferred(Bijection):
@@ -120,7 +117,7 @@ class Asinh(Bijection):
         return x
 
 
-class SinusoidalTransform(SinusoidalChain):
+class SinusoidalTransform(Bijection):
     r"""Creates an element-wise monotone sinusoidal transformation.
 
     .. math:: f(x) = x + d - \alpha \sum_{k=1}^K w_k \frac{\cos(a_k x + 2 b_k) \sin(a_k x)}{a_k}
@@ -188,7 +185,7 @@ class SinusoidalTransform(SinusoidalChain):
         shapes = {n: t.shape[:-1] if n in vectors else t.shape for n, t in tensors.items()}
         check.broadcast(**shapes)
         check.choice("cache_size", cache_size, (0, 1))
-        Bijection.__init__(self, cache_size=cache_size)
+        super().__init__(cache_size=cache_size)
 
         self.frequency = frequency
         self.phase = phase
@@ -214,6 +211,12 @@ class SinusoidalTransform(SinusoidalChain):
         parts = [t.expand(*shape, t.shape[-1]) for t in vectors]
         parts += [t.expand(shape).unsqueeze(-1) for t in (residual, shift)]
         return at_least_float32(torch.cat(parts, dim=-1).unsqueeze(-2))
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return evaluate(x, self._chain(), self.min_slope)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return invert(y, self._chain(), self.min_slope, self.solver)
 
     def __repr__(self) -> str:
         return (
