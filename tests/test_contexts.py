@@ -80,6 +80,31 @@ def test_a_flow_without_asinh_takes_the_context_as_it_is():
     assert torch.allclose(flow(c).log_prob(x), flow.base(c).log_prob(value) + ladj)
 
 
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_distribution_follows_its_context(name):
+    """One that is kept, as those of zuko are."""
+    flow, x = perturb(FLOWS[name](2), 0.1), features(name, 5)
+    c = nn.Parameter(torch.randn(2))
+    kept = flow(c)
+    copy.deepcopy(kept)
+    before = kept.log_prob(x)
+    for _ in range(2):  # each has a graph of its own
+        kept.log_prob(x).sum().backward()
+        kept.rsample((3,)).sum().backward()
+    torch.optim.SGD([c], lr=0.1).step()
+    assert torch.equal(kept.log_prob(x), flow(c).log_prob(x))
+    assert not torch.equal(kept.log_prob(x), before)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_distribution_that_inference_mode_made_can_be_differentiated(name):
+    flow, c, x = FLOWS[name](2), torch.randn(2), features(name, 5).requires_grad_()
+    with torch.inference_mode():
+        kept = flow(c)
+    kept.log_prob(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool])
 @pytest.mark.parametrize("name", FLOWS)
