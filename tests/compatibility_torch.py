@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import contextmanager
 from unittest import mock
 
 import pyro
@@ -14,6 +15,7 @@ from test_devices import NoReads
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import parametrizations
 
 from pyro_sinflow import kernels
@@ -251,21 +253,42 @@ def check_weight_norm(s):
         assert sum(bool(g.any()) for g in gradients(value, s)) > 1
 
 
-def check_ddp(s):
+@contextmanager
+def process_group():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        x, c = inputs(s, 5)
-        for f in (s, Inverse(s)):
-            module = copy.deepcopy(f)
-            value, expected = nn.parallel.DistributedDataParallel(module)(x, c), f(x, c)
-            agree(value, expected)
-            for v in (value, expected):
-                v.sin().sum().backward()
-            agree([p.grad for p in module.parameters()], [p.grad for p in f.parameters()])
-            s.zero_grad()
+        yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def compare_wrapped(s, wrap):
+    x, c = inputs(s, 5)
+    for f in (s, Inverse(s)):
+        module = copy.deepcopy(f)
+        value, expected = wrap(module)(x, c), f(x, c)
+        agree(value, expected)
+        for v in (value, expected):
+            v.sin().sum().backward()
+        grads = [p.grad for p in module.parameters()]
+        grads = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+        agree(grads, [p.grad for p in f.parameters()])
+        s.zero_grad()
+
+
+def check_ddp(s):
+    with process_group():
+        compare_wrapped(s, nn.parallel.DistributedDataParallel)
+
+
+def check_fsdp(s):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("needs torch 2.6")
+    with process_group():
+        mesh = init_device_mesh("cpu", (1,))
+        compare_wrapped(s, lambda module: fsdp.fully_shard(module, mesh=mesh) or module)
 
 
 def check_data_parallel(s):

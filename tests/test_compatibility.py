@@ -87,6 +87,7 @@ GROUPS = {
         Row("`weight_norm` and other parametrizations", "weight_norm"),
         Row("`DistributedDataParallel`", "ddp",
             ("test_distributed.py::test_two_processes_fit_what_one_fits",)),
+        Row("`fully_shard` (FSDP2)", "fsdp"),
         Row("`DataParallel`", "data_parallel"),
     ],
 }  # fmt: skip

@@ -297,3 +297,12 @@ def test_what_looks_at_more_than_values_takes_plain_operations(function):
     (slope,) = torch.autograd.grad(call(x.requires_grad_()).sum(), x)
     assert torch.allclose(tangent, slope)
     assert torch.allclose(torch.func.vmap(call)(x.detach()), expected)
+
+
+def test_the_storage_of_inputs_can_still_be_resized():
+    """FSDP resizes those of parameters, and users those of buffers."""
+    x, parameters = (t.requires_grad_() for t in draw((5, 3), (3,)))
+    y, ladj = evaluate(x, parameters, MIN_SLOPE)
+    (y.sum() + ladj.sum() + invert(y, parameters, MIN_SLOPE, Solver()).sum()).backward()
+    assert x.untyped_storage().resizable()
+    assert parameters.untyped_storage().resizable()

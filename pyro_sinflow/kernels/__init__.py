@@ -180,7 +180,8 @@ def _run(function: Callable[..., R], *tensors: Tensor) -> R:
     size = x.numel() * parameters.shape[-1]
     if x.device.type == "cpu" and size <= (_NUMPY >> 3 if own else _NUMPY):
         with np.errstate(all="ignore"):
-            return function(*[t.detach().resolve_neg().numpy() for t in tensors], xp=NUMPY)
+            # Tensor.numpy() would fix the size of the storage, which FSDP changes.
+            return function(*[np.from_dlpack(t.detach().resolve_neg()) for t in tensors], xp=NUMPY)
     with without_autocast(x):
         return function(*[t.detach() for t in tensors], xp=TORCH)
 
