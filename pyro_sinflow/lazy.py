@@ -99,7 +99,7 @@ class LazyTriangular(Lazy):
         self.outputs = sum(s.numel() for s in self.shapes)
         self.split = splitter(self.shapes)
         self.solver = check.instance("solver", solver, Solver)
-        self._is_checked = isinstance(network, MaskedNetwork | PixelCNN)  # by their masks
+        self._is_checked = type(network) in (MaskedNetwork, PixelCNN)  # by their masks
         self._has_stages = type(network) is MaskedNetwork and treats_features_alike(univariate)
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ from torch import nn
 from zuko.lazy import Flow
 from zuko.transforms import MonotonicAffineTransform
 
-from pyro_sinflow import LazyTriangular, MaskedNetwork, SinusoidalFlow
+from pyro_sinflow import LazyTriangular, MaskedNetwork, PixelCNN, SinusoidalFlow
 
 
 class Recurrent(nn.Module):
@@ -56,6 +56,31 @@ def test_a_network_that_sees_the_feature_itself_is_refused(context):
             ValueError, match=r"in Recurrent those of the features \[0, 1, 2, 3, 4\]"
         ):
             flow(c).log_prob(x)
+
+
+class Skips(MaskedNetwork):
+    """Adds the feature itself to its parameters, by mistake."""
+
+    def forward(self, x, c=None):
+        return super().forward(x, c) + x.unsqueeze(-1)
+
+
+class SkipsPixel(PixelCNN):
+    def forward(self, x, c=None):
+        return super().forward(x, c) + x.unsqueeze(-1)
+
+
+@pytest.mark.parametrize(
+    ("network", "features"),
+    [(Skips, 1), (Skips, 3), (SkipsPixel, (1, 1, 1)), (SkipsPixel, (2, 2, 2))],
+)
+def test_subclasses_of_own_networks_are_checked_too(network, features):
+    flow = SinusoidalFlow(features, network=network)
+    message = f"but in {network.__name__} those of the features"
+    with pytest.raises(ValueError, match=message):
+        flow().log_prob(torch.zeros(4, *flow.base().event_shape))
+    with pytest.raises(ValueError, match=message):
+        flow().sample((4,))
 
 
 class Linear(nn.Module):
