@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
 from . import _validate as check
-from ._torch import can_branch_on, replace_parameter, without_autocast
+from ._torch import can_branch_on, modes, replace_parameter, versions, without_autocast
 from .bijection import at_least_float32
 from .block import ConditionalLDU
 from .element_wise import FASTER
@@ -47,13 +47,13 @@ class AutoLDU(AutoContinuous):
     :class:`~pyro.infer.autoguide.AutoIAFNormal`.
 
     The first call searches modes of the posterior by Newton's method. m and the lower triangular C
-    are location and scale of the Laplace approximation with the highest ELBO. They stay constant,
-    and all else starts as the identity, so that optimizers work in units in which the posterior is
-    nearly standard normal. If there is no mode, or if the guide has a higher ELBO at
-    ``init_loc_fn`` with ``init_scale``, it starts there, with :math:`m = 0` and :math:`C = I`. It
-    also does with more than 100 variables, if the log-density is random (subsampled plates), or if
-    it cannot be differentiated twice. The search takes as long as a hundred steps or so for ten
-    variables, and up to two thousand for a hundred.
+    are location and scale of the Laplace approximation with the highest ELBO. They stay constant
+    (their gradients are zero), and all else starts as the identity, so that optimizers work in
+    units in which the posterior is nearly standard normal. If there is no mode, or if the guide has
+    a higher ELBO at ``init_loc_fn`` with ``init_scale``, it starts there, with :math:`m = 0` and
+    :math:`C = I`. It also does with more than 100 variables, if the log-density is random
+    (subsampled plates), or if it cannot be differentiated twice. The search takes as long as a
+    hundred steps or so for ten variables, and up to two thousand for a hundred.
 
     Optimizers such as Adam move each parameter by about the learning rate. Location and log-scales
     are parametrized so that they move by ten times as much. A learning rate that decays from 0.01
@@ -148,21 +148,22 @@ class AutoLDU(AutoContinuous):
         blocks = [ConditionalLDU(len(loc), **self._options) for _ in range(self._blocks)]
         for block in blocks:
             _start_as_identity(block)
-        # Rows: the location, the log-scales, and the entries of A below, of B above the diagonal.
         affine = loc.new_zeros(len(loc) + 2, len(loc))
         whitening = self._find_whitening(loc, *args, **kwargs)
         if whitening is None:
             affine[0] = loc / FASTER
             affine[1] = math.log(self._init_scale) / FASTER
             if len(loc) <= _LARGEST:
-                whitening = nn.functional.pad(torch.eye(len(loc)), (0, 0, 1, 0))  # m = 0, C = I
+                whitening = loc.new_zeros(len(loc) + 1, len(loc))  # m = 0, C = I
+        if whitening is not None:
+            affine = torch.cat((affine, whitening))
         self._plain_model = None
-        self.flow = _Flow(blocks, affine, whitening).to(loc)
+        self.flow = _Flow(blocks, affine).to(loc)
         self._check_store()
         self._take_stored()
 
     def _find_whitening(self, loc: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Returns m, in the first row, and C, or None if the guide does not start at a mode."""
+        """Returns the rows of m and C, or None if the guide does not start at a mode."""
         name = param_with_module_name(self._pyro_get_fullname("flow"), "affine")
         if not self._starts or len(loc) > _LARGEST or name in pyro.get_param_store():
             return None
@@ -182,7 +183,10 @@ class AutoLDU(AutoContinuous):
         (model,) = self._plain_model
         default = loc, self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
         best = best_laplace(log_density, default, self._starts)
-        return None if best is None else torch.cat((best[0][None], best[1]))
+        if best is None:
+            return None
+        m, c = best
+        return torch.cat((m[None], c.tril(-1) + c.diagonal().log().diag()))
 
     def _check_plates(self) -> None:
         """Warns of latent variables in a plate that is subsampled."""
@@ -244,14 +248,6 @@ class AutoLDU(AutoContinuous):
                 replace_parameter(flow, key, value)
                 if name not in store or store[name] is not value:
                     self._replaced[key] = parameter
-        if flow.whitening is not None:  # in the store, but not a site that optimizers see
-            name = param_with_module_name(prefix, "whitening")
-            stored = store.setdefault(name, flow.whitening.clone)
-            if stored.dtype != flow.affine.dtype or stored.device != flow.affine.device:
-                store[name] = stored.detach().to(flow.affine)  # the guide was converted or moved
-                stored = store[name]
-            if stored.data_ptr() != flow.whitening.data_ptr():  # a trace must not record it
-                flow.whitening = stored.detach()
 
     def _flow(self) -> _Flow:
         """Returns the module that owns the parameters.
@@ -273,20 +269,21 @@ class AutoLDU(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Returns the transformation from noise to latent variables, with a cache."""
-        flow = self._flow()
-        fast, matrix = at_least_float32(flow.affine).tensor_split((2,))
+        flow, n = self._flow(), self.latent_dim
+        fast, matrix, whitening = at_least_float32(flow.affine).tensor_split((2, n + 2))
         loc, log_scale = (FASTER * fast).unbind()
         scale = log_scale.exp()
-        matrix_b = matrix.triu(1) + torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+        matrix_b = matrix.triu(1) + torch.eye(n, dtype=loc.dtype, device=loc.device)
         matrix_a = scale.diag() + _RATE_OF_A * scale * matrix.tril(-1)
-        if flow.whitening is not None:
-            whitening = at_least_float32(flow.whitening)
+        if len(whitening):
+            m, c = whitening.detach().tensor_split((1,))
+            c = c.tril(-1) + c.diagonal().exp().diag()
             with without_autocast(loc):
-                loc = torch.addmv(whitening[0], whitening[1:], loc)
-                matrix_a = whitening[1:] @ matrix_a
+                loc = torch.addmv(m[0], c, loc)
+                matrix_a = c @ matrix_a
         affine = _Triangular(matrix_a, loc, upper=False)
         parts = [part for block in flow.blocks for part in block.parts()]  # type: ignore[operator]
-        return Composition(_Triangular(matrix_b, upper=True), *parts, affine, cache_size=1)
+        return _Composition(_Triangular(matrix_b, upper=True), *parts, affine, cache_size=1)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -332,17 +329,20 @@ class AutoLDU(AutoContinuous):
 
 
 class _Flow(nn.Module):
-    """The parameters of a guide: those of the blocks, and of the affine maps around them."""
+    """The parameters of a guide.
 
-    whitening: Tensor | None
+    Args:
+        blocks: The LDU blocks.
+        affine: The parameters of the affine maps around them. Its rows are the location, the
+            log-scales, and the entries of A below and of B above the diagonal; then, with up to
+            100 variables, m, and C with the logarithms of its diagonal. Gradients of the latter are
+            zero.
+    """
 
-    def __init__(
-        self, blocks: Sequence[ConditionalLDU], affine: Tensor, whitening: Tensor | None
-    ) -> None:
+    def __init__(self, blocks: Sequence[ConditionalLDU], affine: Tensor) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.affine = nn.Parameter(affine)
-        self.register_buffer("whitening", whitening)
 
 
 def _announce(name: str, parameter: Tensor) -> None:
@@ -351,6 +351,17 @@ def _announce(name: str, parameter: Tensor) -> None:
     value.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
     site = effectful(lambda *_, **__: value, type="param")
     site(name, value, constraint=constraints.real, name=name)
+
+
+class _Composition(Composition):
+    """The map of a guide.
+
+    Its matrices are computed from the parameters when it is made, and so are its pairs, so that
+    changes of the parameters need not be looked for.
+    """
+
+    def _state_with(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        return *modes(x), *versions(x, y)
 
 
 class _Triangular(Transform):

@@ -96,9 +96,7 @@ def test_the_parameter_store_and_a_used_guide_agree(change, tmp_path):
     assert torch.equal(guide.get_transform()(x), start)
     before = {name: value.clone() for name, value in store.items()}
     fit(correlated, guide, steps=2)
-    same = [name for name, value in store.items() if torch.equal(value, before[name])]
-    assert len(same) == 1
-    assert same[0].endswith("whitening")
+    assert not any(torch.equal(value, before[name]) for name, value in store.items())
     assert not torch.equal(guide.get_transform()(x), start)
 
 
@@ -211,7 +209,7 @@ def test_a_converted_guide_keeps_its_map():
     expected = guide.get_transform()(z)
     guide.double()
     guide.median()  # also takes the parameters from the store
-    assert guide._flow().whitening.dtype == torch.float64
+    assert guide._flow().affine.dtype == torch.float64
     assert torch.allclose(guide.get_transform()(z.double()).float(), expected, atol=1e-5)
     guide.float()
     guide.median()
