@@ -123,8 +123,9 @@ def nilpotent_iteration(
         if is_exact and not error <= torch.finfo(x.dtype).eps ** 0.5:
             raise InversionError(
                 f"{message} {limit} passes are exact for every triangular map, so this one is not "
-                "triangular or not deterministic. Call '.eval()' if it has dropout. A conditioner "
-                "of your own must not see the feature itself, nor later ones."
+                "triangular or not deterministic. Call '.eval()' if it has dropout or spectral "
+                "normalization. A conditioner of your own must not see the feature itself, nor "
+                "later ones."
             )
         warnings.warn(message, InversionWarning, stacklevel=2)
     return x if inside is None else x.where(inside, 0.0), inside
