@@ -22,6 +22,7 @@ from .masks import (
 )
 
 _PROBES = 64  # the largest number of units that a check changes
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
@@ -101,12 +102,17 @@ def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
 
     With an activation that mixes units, such as softmax or layer normalization, the parameters of a
     feature would depend on later features. The check changes one unit at a time and looks for
-    changes of other units.
+    changes of other units. Batch normalization mixes the rows of a batch instead, in training.
 
     Args:
         activation: The module.
         shape: The shape of its input, without the batch.
     """
+    if any(isinstance(part, _BATCH_NORMS) for part in activation.modules()):
+        raise ValueError(
+            f"'activation' should act on each unit by itself, but {activation} mixes the rows of a "
+            "batch."
+        )
     n = math.prod(shape)
     row = torch.linspace(-1.5, 1.5, n)
     if row.is_meta:
