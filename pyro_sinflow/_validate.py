@@ -42,12 +42,16 @@ def tensor(name: str, x: Any) -> None:
             )
 
 
-def finite_context(c: Any) -> None:
+def finite_context(c: Any, computed: bool = False) -> None:
     """Requires a finite tensor of real numbers, and reads its values only once.
 
     Networks convert integers and booleans, such as one-hot codes, to their dtype. All parts of a
     flow check the same context, and on a GPU the host waits each time that values are read. Like
     autograd, it does not notice changes of values through ``.data``.
+
+    Args:
+        c: The context.
+        computed: Whether it was computed from a finite context, so that its values need no check.
     """
     global _finite
     if isinstance(c, Tensor) and not c.is_floating_point() and not c.is_complex():
@@ -58,7 +62,8 @@ def finite_context(c: Any) -> None:
     known = _finite  # a copy, because another thread may replace it
     (version,) = versions(c)
     if known is None or known[0]() is not c or known[1] != version or version is None:
-        tensor("context", c)
+        if not computed:
+            tensor("context", c)
         _finite = ref(c), version
 
 

@@ -62,9 +62,11 @@ class _LazyComposition(LazyComposedTransform):
     def build(self, c: Tensor | None, dtype: torch.dtype) -> tuple[Transform, ...]:
         """Returns the transforms, given a context, and the dtype for a context of integers."""
         if c is not None and self.compress:
+            check.finite_context(c)  # it may have changed
             if not c.is_floating_point():
                 c = c.to(dtype)
             c = (_CONTEXT * at_least_float32(c)).asinh() / _CONTEXT
+            check.finite_context(c, computed=True)
         return tuple(t(c) for t in self.transforms)
 
 
