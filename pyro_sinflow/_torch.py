@@ -257,13 +257,7 @@ def shallow_copy(module: M) -> M:
 
 
 def replace_parameter(module: nn.Module, key: str, value: Tensor) -> None:
-    """Puts a tensor, which need not be a parameter, in the place of a module's parameter.
-
-    Args:
-        module: The module.
-        key: The name of the parameter, which may be that of a submodule.
-        value: The tensor.
-    """
+    """Puts any tensor in the place of the parameter that ``named_parameters`` calls ``key``."""
     path, _, name = key.rpartition(".")
     module.get_submodule(path)._parameters[name] = value  # type: ignore[assignment]
 

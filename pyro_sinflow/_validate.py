@@ -124,11 +124,11 @@ def sizes(name: str, sizes: Any) -> Size:
     return Size(size(name, n) for n in sizes)
 
 
-def shape(name: str, shape: Any) -> Size:
-    """Requires a sequence of integers of at least 0, which may be empty."""
+def shape(name: str, shape: Any, minimum: int = 0) -> Size:
+    """Requires a sequence of integers of at least ``minimum``, which may be empty."""
     if not isinstance(shape, Iterable) or isinstance(shape, str | Tensor):
         raise TypeError(f"'{name}' should be a sequence of integers, got {shape!r}.")
-    return Size(size(name, n, minimum=0) for n in shape)
+    return Size(size(name, n, minimum) for n in shape)
 
 
 def shapes(name: str, shapes: Any) -> list[Size]:

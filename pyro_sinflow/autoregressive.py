@@ -106,14 +106,13 @@ class NetworkMap(AutoregressiveMap):
     r"""A map whose parameters come from a masked network, which can be evaluated in stages.
 
     Args:
-        conditioner: A function that takes x and returns the element-wise monotone :math:`\tau`.
-        network: Its network, whose input is the features followed by the context, or :py:`None` if
-            the network is not known, or ``univariate`` cannot be applied to some of the features.
+        network: The network of the conditioner, whose input is the features followed by the
+            context, or :py:`None` if it is not known, or ``univariate`` cannot be applied to some
+            of the features.
         univariate: The constructor of :math:`\tau`.
         shapes: The shapes of its arguments, for one feature.
-        c: The context, or :py:`None`.
-        features: The shape of an event.
-        passes: An upper bound on the number of passes of the inverse.
+        conditioner, c, features, passes: The conditioner, the context, the shape of an event, and
+            an upper bound on the number of passes of the inverse.
     """
 
     conditioner: Callable[[Tensor], Transform]

@@ -18,7 +18,11 @@ from .lazy import Lazy, LazySinusoids, LazyTriangular
 from .masks import check_order
 from .networks import MaskedNetwork, check_context
 from .solvers import Solver
-from .transforms import LDUTransform
+from .transforms import BuiltAtUse, LDUTransform
+
+
+class BuiltLDU(BuiltAtUse, LDUTransform):
+    """An LDU block whose maps are built at each use."""
 
 
 class ConditionalLDU(Lazy):
@@ -79,7 +83,6 @@ class ConditionalLDU(Lazy):
         check.flag("context_diagonal", context_diagonal)
         check.real("min_slope", min_slope, 0.0, 1.0)
         check.function("network", network)
-        check.instance("solver", solver, Solver)
         rank = check_order(order, shape)
         options: dict[str, Any] = {
             "hidden_features": hidden_features,
@@ -123,7 +126,7 @@ class ConditionalLDU(Lazy):
             TypeError: If the context has the wrong dtype.
         """
         check_context(c, self.context, self.diagonal.parameter.dtype)
-        return LDUTransform(*self.parts(c))
+        return BuiltLDU(partial(self.parts, c), self.features)
 
     def parts(self, c: Tensor | None = None) -> tuple[Transform, Transform, Transform]:
         """Returns the maps U, D and L, given a context."""
@@ -135,9 +138,9 @@ class ConditionalLDU(Lazy):
 
         Args and errors are those of :meth:`forward`.
         """
-        check_context(context, self.context, self.diagonal.parameter.dtype)
-        batch_shape = Size() if context is None else context.shape[:-1]
-        return LDUTransform(*self.parts(context), batch_shape=batch_shape, cache_size=1)
+        t: Any = self.forward(context).with_cache()
+        t.batch_shape = Size() if context is None else context.shape[:-1]
+        return t
 
     @property
     def inv(self) -> LazyTransform:

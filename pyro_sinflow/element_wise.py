@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Transform
 
 from . import _validate as check
 from ._torch import can_branch_on
-from .bijection import Bijection, at_least_float32, call_and_ladj, inverse
+from .bijection import Bijection, at_least_float32
 from .kernels import evaluate, invert
 from .solvers import InversionWarning, Solver
 
@@ -47,28 +45,6 @@ class SinusoidalChain(Bijection):
 
     def _inverse(self, y: Tensor) -> Tensor:
         return invert(y, self.packed, self.min_slope, self.solver)
-
-
-class Deferred(Bijection):
-    """Builds an element-wise transformation at each use.
-
-    A transformation that stores parameters which were computed from others would be out of date
-    after a step of the optimizer, and could be differentiated only once.
-    """
-
-    def __init__(self, build: Callable[[], Transform]) -> None:
-        super().__init__()
-
-        self.build = build
-
-    def __repr__(self) -> str:
-        return repr(self.build())
-
-    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return call_and_ladj(self.build(), x, 0)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return inverse(self.build(), y)
 
 
 class Asinh(Bijection):
@@ -109,7 +85,7 @@ class Asinh(Bijection):
         if can_branch_on(x) and bool((lost := x.isinf() & y.isfinite()).any()):
             warnings.warn(
                 f"The inverse of asinh leaves the range of {x.dtype} in {int(lost.sum())} of "
-                f"{x.numel()} values: the values before it are far from those of training data. "
+                f"{x.numel()} values: its inputs are far outside the range of the training data. "
                 "tails=False or float64 may help.",
                 InversionWarning,
                 stacklevel=2,

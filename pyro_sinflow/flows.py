@@ -11,12 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from zuko.distributions import DiagNormal
-from zuko.lazy import (
-    Flow,
-    LazyComposedTransform,
-    UnconditionalDistribution,
-    UnconditionalTransform,
-)
+from zuko.lazy import Flow, LazyComposedTransform, UnconditionalDistribution, UnconditionalTransform
 from zuko.transforms import MonotonicAffineTransform
 
 from . import _validate as check
@@ -24,17 +19,12 @@ from .bijection import at_least_float32
 from .block import ConditionalLDU
 from .element_wise import Asinh, SinusoidalChain
 from .kernels import AffineChain
-from .lazy import (
-    Lazy,
-    LazyAffine,
-    LazyTriangular,
-    initial_sinusoids,
-)
+from .lazy import Lazy, LazyAffine, LazyTriangular, initial_sinusoids
 from .linear import Linear
 from .masks import check_adjacency
 from .networks import MaskedNetwork, check_context
 from .solvers import Solver
-from .transforms import Composition
+from .transforms import BuiltAtUse, Composition
 
 _CONTEXT = 0.3  # the initial b of the asinh of data
 
@@ -57,7 +47,8 @@ class _LazyComposition(LazyComposedTransform):
         affine = next(t for t in self.transforms if isinstance(t, LazyAffine))
         dtype, features = affine.parameter.dtype, affine.parameter.shape[:-1]
         check_context(c, affine.context, dtype)
-        return _BuiltAtUse(partial(self.build, c, dtype), features, c)
+        shape = Size() if c is None else c.shape[:-1]
+        return BuiltAtUse(partial(self.build, c, dtype), features, shape)
 
     def build(self, c: Tensor | None, dtype: torch.dtype) -> tuple[Transform, ...]:
         """Returns the transforms, given a context, and the dtype for a context of integers."""
@@ -68,27 +59,6 @@ class _LazyComposition(LazyComposedTransform):
             c = (_CONTEXT * at_least_float32(c)).asinh() / _CONTEXT
             check.finite_context(c, computed=True)
         return tuple(t(c) for t in self.transforms)
-
-
-class _BuiltAtUse(Composition):
-    """A composition whose transforms are built at each use.
-
-    A context that was compressed earlier would be out of date after a change of the context, and
-    could be differentiated only once.
-    """
-
-    def __init__(
-        self, build: Callable[[], tuple[Transform, ...]], features: Size, c: Tensor | None
-    ) -> None:
-        super().__init__(context_shape=Size() if c is None else c.shape[:-1])
-
-        self.build = build
-        self._event_dim, self._event_shape = len(features), features
-
-    @property
-    def transforms(self) -> tuple[Transform, ...]:
-        """The transforms, with the current context and parameters."""
-        return self.build()
 
 
 def _diagonal_normal(loc: Tensor, scale: Tensor, ndims: int) -> DiagNormal:
@@ -124,7 +94,7 @@ class SinusoidalFlow(Flow):
             all parameters of an affine map and a chain of sinusoids; ``"independent"`` for LDU
             blocks, whose sinusoids do not depend on the features.
         linear: Whether a linear map precedes each transformation. It is initialized to the
-            identity. If :py:`None`, it does where an event is a vector and there is no
+            identity. If :py:`None`, there are linear maps if an event is a vector and there is no
             ``adjacency``.
         tails: Whether :math:`\text{asinh}(b x) / b`, with a learned b for each feature, is applied
             to the data first, and with b = 0.3 to the context. It keeps outliers of heavy-tailed
@@ -341,7 +311,6 @@ def _autoregressive(
     check.real("min_slope", min_slope, 0.0, 1.0)
     check.real("max_scale", max_scale, 1.0, math.inf)
     check.function("network", network)
-    check.instance("solver", solver, Solver)
     shapes = [(), (), (sinusoids, 3 * components + 1)]
     outputs = 2 + sinusoids * (3 * components + 1)
 

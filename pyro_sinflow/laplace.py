@@ -54,13 +54,7 @@ def best_laplace(log_density: LogDensity, default: Normal, starts: int) -> Norma
 
 
 def elbo(log_density: LogDensity, normal: Normal, noise: Tensor) -> float:
-    """Returns the ELBO of a normal distribution, up to a constant.
-
-    Args:
-        log_density: The log-density.
-        normal: Location and scale.
-        noise: Draws from the standard normal distribution, with shape (draws, D).
-    """
+    """Returns the ELBO of a normal distribution, up to a constant, from draws of standard noise."""
     loc, scale = normal
     values = [_value(log_density, z) for z in loc + noise @ scale.mT]
     score = sum(values) / len(values) + float(scale.diagonal().log().sum())

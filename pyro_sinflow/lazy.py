@@ -17,8 +17,8 @@ from zuko.transforms import MonotonicAffineTransform
 from . import _validate as check
 from ._torch import can_branch_on
 from .autoregressive import NetworkMap, name_of, splitter, treats_features_alike
-from .bijection import Bijection, at_least_float32
-from .element_wise import FASTER, Deferred, SinusoidalChain
+from .bijection import at_least_float32
+from .element_wise import FASTER, SinusoidalChain
 from .masks import masked_mlp
 from .networks import MaskedNetwork, check_context, check_triangular
 from .pixelcnn import PixelCNN
@@ -116,7 +116,7 @@ class LazyTriangular(Lazy):
                 f"'network' should return {self.outputs} outputs for each feature, for 'shapes' "
                 f"{[*map(tuple, self.shapes)]}, got an output of shape {tuple(h.shape)}."
             )
-        if not self._is_checked and x.numel() and is_validation_enabled() and can_branch_on(x):
+        if not self._is_checked and h.numel() and is_validation_enabled() and can_branch_on(x):
             check_triangular(self.network, self.features, x, c)
             self._is_checked = True
         tau = self.univariate(*self.split(h))
@@ -171,19 +171,11 @@ class LazyElementWise(Lazy):
         nn.init.zeros_(self.hyper[-1].weight)
         nn.init.zeros_(self.hyper[-1].bias)
 
-    def build(self, c: Tensor | None) -> Transform:
-        """Returns the transformation with the current parameters, given a context."""
-        raise NotImplementedError
-
-    def forward(self, c: Tensor | None = None) -> Bijection:
-        """Returns the transformation, given a context."""
-        if c is not None or self.context > 0:
-            check_context(c, self.context, self.parameter.dtype)
-        return Deferred(partial(self.build, c))
-
     def parameters_given(self, c: Tensor | None) -> Tensor:
-        """Returns the parameters, given a context."""
+        """Returns the current parameters, given a context."""
         parameter = self.parameter
+        if c is not None or self.context > 0:
+            check_context(c, self.context, parameter.dtype)
         if c is not None and self.hyper is not None:
             move = self.hyper(c.to(parameter.dtype)).to(parameter.dtype)
             parameter = parameter + move.unflatten(-1, parameter.shape)
@@ -198,7 +190,7 @@ class LazyAffine(LazyElementWise):
     The parameters are shift and log-scale, with shape :math:`(*, 2)`.
     """
 
-    def build(self, c: Tensor | None) -> Transform:
+    def forward(self, c: Tensor | None = None) -> Transform:
         """Returns the transformation with the current parameters, given a context."""
         parameters = self.parameters_given(c)
         more = (FASTER - 1) * at_least_float32(self.parameter[..., 1])
@@ -239,7 +231,7 @@ class LazySinusoids(LazyElementWise):
             f"sinusoids: {sinusoids}, components: {size // 3}, min_slope: {self.min_slope}{solver}"
         )
 
-    def build(self, c: Tensor | None) -> SinusoidalChain:
+    def forward(self, c: Tensor | None = None) -> SinusoidalChain:
         """Returns the transformation with the current parameters, given a context."""
         return SinusoidalChain(self.parameters_given(c), self.min_slope, self.solver)
 

@@ -72,8 +72,7 @@ def check_adjacency(adjacency: Any, features: Size, context: int) -> tuple[Tenso
 def longest_paths(parents: Tensor) -> Tensor:
     """Returns the length of the longest path to each feature, D for those that a cycle leads to.
 
-    Args:
-        parents: Which feature depends on which, with shape (D, D).
+    Row i of ``parents``, with shape (D, D), holds the features that feature i depends on.
     """
     n = len(parents)
     rank = torch.full((n,), n, device=parents.device)
@@ -101,11 +100,9 @@ def masked_mlp(
 
 
 def dependence(module: nn.Module, seen: Tensor) -> Tensor:
-    """Returns which inputs of a network its outputs depend on.
+    """Returns which inputs of a network the outputs of a part of it depend on, zeros and ones.
 
-    Args:
-        module: The network, or one of its parts.
-        seen: Which inputs of the network the inputs of the part depend on, zeros and ones.
+    ``seen`` holds the same for the inputs of the part.
     """
     if isinstance(module, MaskedLinear):
         return (module.mask.to(seen) @ seen).sign()
@@ -116,13 +113,7 @@ def dependence(module: nn.Module, seen: Tensor) -> Tensor:
 
 
 def feature_ranks(network: nn.Module, inputs: int, features: int) -> Tensor:
-    """Returns the length of the longest path to each feature, D for those that a cycle leads to.
-
-    Args:
-        network: A masked network.
-        inputs: The number of its inputs: features, and perhaps context features after them.
-        features: The number of features D.
-    """
+    """Returns the :func:`longest_paths` of a masked network whose first inputs are features."""
     device = next(network.buffers()).device
     seen = torch.eye(inputs, features, dtype=torch.float32, device=device)
     return longest_paths(dependence(network, seen).unflatten(0, (features, -1)).any(dim=1))

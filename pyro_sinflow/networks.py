@@ -73,15 +73,9 @@ def check_activation(
 def _respond(
     module: nn.Module, row: Tensor, shape: Sequence[int], *args: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Evaluates a module at a row, and with one unit of the row changed at a time.
+    """Evaluates a module at a flattened row, and with one unit of the row changed at a time.
 
-    The module is in evaluation mode. Afterwards, it and its parts are in their own modes again.
-
-    Args:
-        module: The module.
-        row: Its input, flattened.
-        shape: The shape of its input, without the batch.
-        args: Its other arguments.
+    The module is in evaluation mode meanwhile. ``shape`` is that of its input without the batch.
 
     Returns:
         The units that are changed, and the outputs, of which the first is that of the row itself.
@@ -103,10 +97,7 @@ def check_element_wise(activation: nn.Module, shape: Sequence[int]) -> None:
     With an activation that mixes units, such as softmax or layer normalization, the parameters of a
     feature would depend on later features. The check changes one unit at a time and looks for
     changes of other units. Batch normalization mixes the rows of a batch instead, in training.
-
-    Args:
-        activation: The module.
-        shape: The shape of its input, without the batch.
+    ``shape`` is that of the input without the batch.
     """
     if any(isinstance(part, _BATCH_NORMS) for part in activation.modules()):
         raise ValueError(
@@ -141,17 +132,8 @@ def check_triangular(
 ) -> None:
     """Requires that the parameters of no feature depend on the feature itself.
 
-    Otherwise log-densities would be wrong. The check changes one feature of a row at a time, and
-    follows the dependencies.
-
-    Args:
-        network: The network, which maps features and context to parameters.
-        features: The shape of an event.
-        x: Features, of which the first row is taken, with shape (*, features).
-        c: The context, with shape (*, C), or None.
-
-    Raises:
-        ValueError: If the network is not triangular.
+    Otherwise log-densities would be wrong. The check takes the first row of x and of the context,
+    changes one feature at a time, and follows the dependencies.
     """
     n = math.prod(features)
     if c is not None:
@@ -229,8 +211,7 @@ class MaskedNetwork(nn.Module):
         self.features = check.sizes("features", features)
         self.context = check.size("context", context, minimum=0)
         self.outputs = check.size("outputs", outputs)
-        sizes = check.shape("hidden_features", hidden_features)
-        hidden = [check.size("hidden_features", h) for h in sizes]
+        hidden = check.shape("hidden_features", hidden_features, minimum=1)
         check.flag("residual", residual)
         activate = check_activation(activation, dropout)
         if adjacency is not None and order is not None:

@@ -60,7 +60,7 @@ def zero_lost(x: Tensor, event_dim: int, problem: str) -> tuple[Tensor, Tensor |
     )
     if lost == inside.numel() and is_validation_enabled():
         raise InversionError(message)
-    warnings.warn(f"{message} They are set to NaN.", InversionWarning, stacklevel=2)
+    warnings.warn(f"{message} These events are set to NaN.", InversionWarning, stacklevel=2)
     return x.where(inside, 0.0), inside
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,13 @@ from .networks import check_activation, check_context, check_element_wise
 class MaskedConv2d(nn.Conv2d):
     r"""Creates a convolution whose units depend only on earlier features in raster order.
 
-    Each unit of a layer has a last position that it may depend on, relative to its own pixel: a
-    row, and a column times the number of channels plus a channel. A weight is kept if, shifted by
-    its offset in the kernel, the last position of its input is not after that of its output.
+    Each unit has a limit: the last position that it may depend on, relative to its own pixel, as a
+    row, and a column times the number of channels plus a channel. A weight is kept if the limit of
+    its input, moved by the offset of the weight in the kernel, is not after that of its output.
 
     Args:
-        before: The positions of the inputs, with shape :math:`(I, 2)`.
-        after: The positions of the outputs, with shape :math:`(O, 2)`.
+        before: The limits of the inputs, with shape :math:`(I, 2)`.
+        after: The limits of the outputs, with shape :math:`(O, 2)`.
         channels: The number of channels of the image.
         kernel_size: The height and width of the kernel.
         bias: Whether there is a bias or not.
@@ -113,8 +114,7 @@ class PixelCNN(nn.Module):
         channels = self.features[0]
         self.context = check.size("context", context, minimum=0)
         self.outputs = check.size("outputs", outputs)
-        sizes = check.shape("hidden_features", hidden_features)
-        hidden = [check.size("hidden_features", h, channels + 1) for h in sizes]
+        hidden = check.shape("hidden_features", hidden_features, minimum=channels + 1)
         check.flag("residual", residual)
         if check.size("kernel_size", kernel_size, minimum=3) % 2 == 0:
             raise ValueError(f"'kernel_size' should be odd, got {kernel_size}.")
@@ -143,8 +143,7 @@ class PixelCNN(nn.Module):
     ) -> list[nn.Module]:
         channels, *size = self.features
 
-        def convolve(before: Tensor, after: Tensor, bias: bool = True) -> MaskedConv2d:
-            return MaskedConv2d(before, after, channels, kernel_size, bias)
+        convolve = partial(MaskedConv2d, channels=channels, kernel_size=kernel_size)
 
         def activation(maps: int) -> nn.Module:
             module = activate()

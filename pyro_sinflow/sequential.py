@@ -200,12 +200,8 @@ def stages_of(network: nn.Module, features: int) -> Stages | None:
 def frozen_weights(stages: Stages, c: Tensor | None, ordered: bool) -> list[tuple[Tensor, Tensor]]:
     """Returns weights, with shape (O, I), and biases, (O, N) or (O, 1), of a network's layers.
 
-    They have the current values and no graph, and the context is added to the biases.
-
-    Args:
-        stages: The stages of the network.
-        c: The context, with shape (N, C) or (1, C), or :py:`None`.
-        ordered: Whether units are in the order of the stages in which they are computed.
+    They have the current values and no graph. The context, with shape (N, C) or (1, C), is added to
+    the biases. If ``ordered``, units are in the order in which stages compute them.
     """
     layers, n = [], stages.features
     for layer, factor, (inputs, outputs) in zip(
@@ -286,11 +282,7 @@ class StagedEvaluation:
     def advance(self, x: Tensor) -> Tensor:
         """Takes the features of a stage, and returns the outputs for the features of the next.
 
-        Args:
-            x: The features, with shape (size, N). In the first call, size is 0.
-
-        Returns:
-            The outputs, with shape (outputs, N).
+        Shapes are (features, N), with no features in the first call, and (outputs, N).
         """
         stage = self.stage
         parts = iter(self.parts)

@@ -55,11 +55,11 @@ class Solver:
             ``tolerance`` :math:`\cdot (1 + |x|)`. If :py:`None`, the iteration stops at 4 times the
             machine epsilon of the dtype, and a warning is given beyond 32 times.
         max_iter: The largest number of iterations. If :py:`None`, 200 for sinusoids and one pass
-            per feature for triangular maps; 100 for ``"banach"``. All iterations are done where
-            Python cannot branch on values: in ``torch.compile``, ``torch.func``,
-            ``torch.jit.trace``, ``make_fx``, forward mode, and the capture of a CUDA graph. There,
-            the default for sinusoids is 40, and captured triangular maps use forward substitution
-            where they can.
+            per feature for triangular maps; 100 for ``"banach"``. Where Python cannot branch on
+            values (``torch.compile``, ``torch.func``, ``torch.jit.trace``, ``make_fx``, forward
+            mode, and the capture of a CUDA graph), the solver cannot stop early and does all
+            iterations. The default for sinusoids is then 40, and during the capture of a CUDA
+            graph, triangular maps use forward substitution if they support it.
         derivatives: How many times the inverse of a triangular map can be differentiated by
             reverse mode. Each order takes one more evaluation of the map.
 
@@ -187,11 +187,7 @@ def solve_increasing(
     separately by Newton's method with bisection as a safeguard: each iteration at least halves the
     residual or the bracket.
 
-    Args:
-        function: The function :math:`f`, with bounds of its derivatives and of its root.
-        y: The values to invert, with shape (B, 1, N).
-        solver: Method, tolerance and number of iterations.
-        fast: A faster version of the function, which evaluates all elements.
+    ``fast`` is a faster version of the function, which evaluates all elements.
     """
     may_branch = not isinstance(y, Tensor) or can_branch_on(y, function.a)
     x = function.start(y)

@@ -16,11 +16,7 @@ from torch.distributions import Transform
 
 from . import _validate as check
 from .autoregressive import AutoregressiveMap
-from .bijection import (
-    Bijection,
-    call_and_ladj,
-    inverse,
-)
+from .bijection import Bijection, call_and_ladj, inverse
 from .implicit import invert
 from .solvers import Solver
 
@@ -170,6 +166,31 @@ class Composition(Bijection):
             x, ladj = call_and_ladj(t, x, self._event_dim)
             total = ladj if total is None else total + ladj
         return x, total
+
+
+class BuiltAtUse(Composition):
+    """A composition whose transforms are built at each use.
+
+    Transforms that were built earlier would be out of date after a change of parameters or of the
+    context, and those that hold tensors with a graph could be differentiated only once.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], tuple[Transform, ...]],
+        features: Size,
+        context_shape: Size = Size(),
+    ) -> None:
+        super(Composition, self).__init__()  # which would store transforms
+
+        self.build = build
+        self.context_shape = context_shape
+        self._event_dim, self._event_shape = len(features), features
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """The transforms, with the current context and parameters."""
+        return self.build()
 
 
 class LDUTransform(Composition):

@@ -306,3 +306,10 @@ def test_the_storage_of_inputs_can_still_be_resized():
     (y.sum() + ladj.sum() + invert(y, parameters, MIN_SLOPE, Solver()).sum()).backward()
     assert x.untyped_storage().resizable()
     assert parameters.untyped_storage().resizable()
+
+
+def test_a_row_may_be_larger_than_a_block(monkeypatch):
+    x, parameters = draw((2, 3), (3,))
+    whole = evaluate(x, parameters, MIN_SLOPE)
+    monkeypatch.setattr(kernels, "_BLOCK", 10)
+    assert torch.allclose(torch.stack(evaluate(x, parameters, MIN_SLOPE)), torch.stack(whole))

@@ -105,6 +105,17 @@ def test_a_cycle_of_several_features_is_found():
     flow_of(Linear(weight))().log_prob(torch.zeros(2, 5))
 
 
+def test_an_empty_batch_of_contexts_is_not_checked():
+    class Given(Linear):
+        def forward(self, x, c):
+            return super().forward(x + 0 * c[..., :1], c)
+
+    t = LazyTriangular(Given(torch.zeros(3, 3)), 3, MonotonicAffineTransform, shapes=[(), ()])(
+        torch.zeros(0, 2)
+    )
+    assert t(torch.randn(1, 3)).shape == (0, 3)
+
+
 def test_it_is_checked_once_and_only_with_validation():
     network = Linear(torch.randn(5, 5).tril(-1))
     flow = flow_of(network)

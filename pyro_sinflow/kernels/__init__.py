@@ -22,16 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._torch import (
-    can_branch_on,
-    can_fuse,
-    honours_torch_function,
-    vjp,
-    without_autocast,
-)
+from .._torch import can_branch_on, can_fuse, honours_torch_function, vjp, without_autocast
 from ..arrays import NUMPY, PLAIN, TORCH, Array
-from ..sinusoid import constrain, sinusoids
-from ..solvers import Solver, report, solve_increasing
+from ..solvers import Solver, report
 from . import eager
 
 R = TypeVar("R")
@@ -90,9 +83,10 @@ def evaluate(x: Tensor, parameters: Tensor, min_slope: float) -> tuple[Tensor, T
     if not can_fuse(x, parameters):
         return eager.differentiable(x, parameters, min_slope)
     if x.numel() * prod(parameters.shape[-2:]) > _BLOCK and not _triton(x, parameters):
-        blocks = [evaluate(*block, min_slope) for block in _blocks(x, parameters)]
-        if len(blocks) > 1:
-            y, ladj = (torch.cat(parts).view(x.shape) for parts in zip(*blocks, strict=True))
+        blocks = _blocks(x, parameters)
+        if len(blocks) > 1:  # a single row may be larger
+            results = [evaluate(*block, min_slope) for block in blocks]
+            y, ladj = (torch.cat(parts).view(x.shape) for parts in zip(*results, strict=True))
             return y, ladj
     if torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad):
         return _Evaluate.apply(x, parameters, min_slope)
@@ -283,14 +277,11 @@ class _Invert(Function):
 
 def _invert_plain(y: Tensor, parameters: Tensor, min_slope: float, solver: Solver) -> Tensor:
     """Finds the root without a graph, then takes Newton steps with one for the derivatives."""
-    rows, raw = eager.arrange_all(y.detach(), parameters.detach(), PLAIN)
-    roots = []
-    for function in reversed(sinusoids(constrain(raw, min_slope))):
-        roots.append(solve_increasing(function, rows, solver))
-        rows = roots[-1].x
+    x, roots = eager.invert(
+        y.detach(), parameters.detach(), min_slope=min_slope, solver=solver, xp=PLAIN
+    )
     if can_branch_on(y, parameters):
         report(roots, y.numel(), solver, torch.finfo(y.dtype).eps)
-    x = eager.restore(rows, y.shape)
     for _ in range(3):  # each step squares the error, so that n steps have 2^n - 1 derivatives
         value, ladj = eager.differentiable(x, parameters, min_slope)
         x = x - (value - y) * (-ladj).exp()

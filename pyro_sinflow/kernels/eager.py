@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,10 +114,11 @@ def invert(
     """Returns the numbers with the values y, and the result of the solver for each sinusoid."""
     rows, raw = arrange_all(y, parameters, xp)
     chain = constrain(raw, min_slope, xp)
-    functions = _functions(chain, xp, curvature=True)
+    # In plain operations there are no products: they add in place.
+    fast: Sequence[Any] = len(raw) * [None] if xp is PLAIN else _functions(chain, xp, True)
     roots: list[Root] = []
-    for sinusoid, fast in reversed([*zip(sinusoids(chain, xp), functions, strict=True)]):
-        roots.append(solve_increasing(sinusoid, rows, solver, fast))
+    for sinusoid, function in reversed([*zip(sinusoids(chain, xp), fast, strict=True)]):
+        roots.append(solve_increasing(sinusoid, rows, solver, function))
         rows = roots[-1].x
     return restore(rows, y.shape), roots
 

@@ -151,20 +151,6 @@ def _total(t, own: tl.constexpr):
         return tl.sum(t, axis=0, keep_dims=True)
 
 
-@triton.jit
-def _by_frequency(x, g, h, p, q, a, over_a, u, v, small: tl.constexpr):
-    """Returns the cotangents of the frequencies, divided by the amplitudes.
-
-    The derivative of P / a by a is (x cos(2ax) - P / a) / a. For small ax, this is a difference of
-    nearly equal numbers, and is replaced by the first term of its series.
-    """
-    cosine = 1 - 2 * q
-    t = a * x
-    by_p = tl.where(t * t < small, t * t * x * (-4 / 3), x * cosine - p * over_a)
-    by_q = 2 * x * p - q * over_a
-    return g * over_a * (u * by_p + v * by_q) + 2 * h * x * (v * cosine - 2 * u * p)
-
-
 @triton.jit(do_not_specialize=["rows", "period"])
 def _backward(
     x_in, parameters, inputs_in, gy_in, gl_in, gx_out, gp_out, rows, period,
@@ -198,7 +184,12 @@ def _backward(
         over_a = 1 / a
         by_c = _total(g * over_a * p + h * cosine, own)
         by_s = _total(g * over_a * q + 2 * h * p, own)
-        by_a = _total(_by_frequency(x, g, h, p, q, a, over_a, u, v, small), own)
+        # The derivative of P / a by a; for small ax the first term of its series, as in eager.py.
+        t = a * x
+        by_p = tl.where(t * t < small, t * t * x * (-4 / 3), x * cosine - p * over_a)
+        by_q = 2 * x * p - q * over_a
+        turned = v * cosine - 2 * u * p
+        by_a = _total(g * over_a * (u * by_p + v * by_q) + 2 * h * x * turned, own)
         by_weight = w * (u * by_c + v * by_s)
         by_residual = tl.sum(by_weight, axis=1, keep_dims=True)
         by_weight = limit * residual * (by_weight - w * by_residual)
@@ -209,7 +200,6 @@ def _backward(
         tl.store(at + 3 * count, limit * by_residual * (1 - residual * residual), row_ok)
         if has_shift:
             tl.store(at + 3 * count + 1, _total(g, own), row_ok)
-        turned = v * cosine - 2 * u * p
         g = g * slope + 2 * h * tl.sum(amplitude * a * turned, axis=1, keep_dims=True)
     tl.store(gx_out + i, g, ok)
 
