@@ -270,7 +270,10 @@ class AutoLDU(AutoContinuous):
         return dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
-        """Returns the transformation from noise to latent variables, with a cache."""
+        """Returns the transformation from noise to latent variables, with a cache.
+
+        It belongs to the current parameters: call it again after a step of the optimizer.
+        """
         flow, n = self._flow(), self.latent_dim
         fast, matrix, whitening = at_least_float32(flow.affine).tensor_split((2, n + 2))
         loc, log_scale = (FASTER * fast).unbind()
