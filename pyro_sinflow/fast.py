@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
+from typing import Any
 
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
@@ -64,9 +64,15 @@ class FastInverse(Lazy):
             check.finite_context(c)
         lazy = self.transform
         t = check.instance("transform(c)", lazy(c), AutoregressiveTransform)
-        # Whether the transformation evaluates the network in the way of zuko's class.
-        method = MethodType(MaskedAutoregressiveTransform.meta, lazy)
-        standard = getattr(t.meta, "func", None) == method and t.meta.args[0] is c
+        # Whether the transformation evaluates the network in the way of zuko's class. torch.compile
+        # cannot trace a comparison of methods, hence that of their parts.
+        call: Any = t.meta
+        standard = (
+            isinstance(call, partial)
+            and getattr(call.func, "__func__", None) is MaskedAutoregressiveTransform.meta
+            and getattr(call.func, "__self__", None) is lazy
+            and call.args[0] is c
+        )
         function = NetworkMap(
             partial(_in_network_dtype, t.meta, lazy.hyper),
             lazy.hyper if standard and treats_features_alike(lazy.univariate) else None,
