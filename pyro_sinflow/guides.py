@@ -150,15 +150,14 @@ class AutoLDU(AutoContinuous):
             if isinstance(part, MaskedMLP):  # zeros in its last layer: blocks start as the identity
                 nn.init.zeros_(part[-1].weight)
                 nn.init.zeros_(part[-1].bias)
-        affine = loc.new_zeros(len(loc) + 2, len(loc))
+        n = len(loc)
+        affine = loc.new_zeros(2 * n + 3 if n <= _LARGEST else n + 2, n)  # m = 0, C = I
         whitening = self._find_whitening(loc, *args, **kwargs)
         if whitening is None:
             affine[0] = loc / FASTER
             affine[1] = math.log(self._init_scale) / FASTER
-            if len(loc) <= _LARGEST:
-                whitening = loc.new_zeros(len(loc) + 1, len(loc))  # m = 0, C = I
-        if whitening is not None:
-            affine = torch.cat((affine, whitening))
+        else:
+            affine[n + 2 :] = whitening
         self._plain_model = None
         self.flow = _Flow(blocks, affine).to(loc)
         self._check_store()

@@ -119,20 +119,15 @@ class Composition(Bijection):
 
     Args:
         transforms: The transforms, in the order in which they are applied.
-        context_shape: The batch shape of their context, which broadcasts with that of the input.
         cache_size: Whether the latest pair (x, y) is kept (1) or not (0).
     """
 
-    context_shape = Size()
     _names: tuple[str, ...] = ()  # of the transforms in the representation, instead of numbers
 
-    def __init__(
-        self, *transforms: Transform, context_shape: Size = Size(), cache_size: int = 0
-    ) -> None:
+    def __init__(self, *transforms: Transform, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
 
         self._transforms = transforms
-        self.context_shape = context_shape
         for t in transforms:
             self._event_dim = max(self._event_dim, t.domain.event_dim)
             if isinstance(t, Bijection):
@@ -144,16 +139,10 @@ class Composition(Bijection):
         return self._transforms
 
     def __repr__(self) -> str:
-        names = self._names or range(len(self.transforms))
-        lines = "\n".join(f"({name}): {t}" for name, t in zip(names, self.transforms, strict=True))
+        transforms = self.transforms
+        names = self._names or range(len(transforms))
+        lines = "\n".join(f"({name}): {t}" for name, t in zip(names, transforms, strict=True))
         return f"{type(self).__name__}(\n{indent(lines, '  ')}\n)"
-
-    def _checked(self, name: str, x: Any) -> Tensor:
-        lifted = super()._checked(name, x)
-        if self.context_shape:
-            batch = x.shape[: x.ndim - self._event_dim]
-            check.broadcast(**{name: batch, "context": self.context_shape})
-        return lifted
 
     def _inverse(self, y: Tensor) -> Tensor:
         for t in reversed(self.transforms):
@@ -173,6 +162,11 @@ class BuiltAtUse(Composition):
 
     Transforms that were built earlier would be out of date after a change of parameters or of the
     context, and those that hold tensors with a graph could be differentiated only once.
+
+    Args:
+        build: A function that returns the transforms, in the order in which they are applied.
+        features: The shape of an event.
+        context_shape: The batch shape of their context, which broadcasts with that of the input.
     """
 
     def __init__(
@@ -191,6 +185,13 @@ class BuiltAtUse(Composition):
     def transforms(self) -> tuple[Transform, ...]:
         """The transforms, with the current context and parameters."""
         return self.build()
+
+    def _checked(self, name: str, x: Any) -> Tensor:
+        lifted = super()._checked(name, x)
+        if self.context_shape:
+            batch = x.shape[: x.ndim - self._event_dim]
+            check.broadcast(**{name: batch, "context": self.context_shape})
+        return lifted
 
 
 class LDUTransform(Composition):
