@@ -274,7 +274,7 @@ def test_algorithm_1_has_the_same_root():
 def test_what_looks_at_more_than_values_takes_plain_operations(function):
     x, parameters = draw((5, 3), (3,))
     parameters.requires_grad_()
-    options = (MIN_SLOPE,) if function is evaluate else (MIN_SLOPE, Solver())
+    options = (MIN_SLOPE,) if function is evaluate else (MIN_SLOPE, Solver(max_iter=15))
 
     def call(x):
         outputs = function(x, parameters, *options)

@@ -158,8 +158,9 @@ def test_a_context_that_all_rows_share(device, launches):
 
 @pytest.mark.parametrize("name", ["sinusoids", "sinusoids and context"])
 def test_many_rows_take_several_launches(name, device, monkeypatch):
-    monkeypatch.setattr(gpu, "_MEMORY", 10 * 19)
     lazy, y, c = build(name, device)
+    inputs, outputs = 4 + 9 + 6, 4 * sum(torch.Size(s).numel() for s in lazy.shapes)
+    monkeypatch.setattr(gpu, "_MEMORY", 15 * (inputs + outputs))  # 15 rows, then 15, then 7
     with torch.no_grad(), record_inversions() as inversions:
         check(lazy(c), lazy(c).inv(y), y)
     sinusoids, triangular = inversions
