@@ -16,7 +16,7 @@ from zuko.utils import unpack
 
 from . import _validate as check
 from ._torch import autocasting, can_fuse
-from .bijection import Bijection, inverse
+from .bijection import inverse
 from .kernels import AffineChain, substitution_kernel
 from .sequential import StagedEvaluation, Stages, WholeEvaluation, frozen_weights, stages_of
 
@@ -52,6 +52,7 @@ class AutoregressiveMap:
 
     features: Size | None = None  # the shape of an event, if it is known
     context_shape = Size()  # the batch shape of the context
+    is_triangular = False  # whether this is known
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class NetworkMap(AutoregressiveMap):
         shapes: The shapes of its arguments, for one feature.
         conditioner, c, features, passes: The conditioner, the context, the shape of an event, and
             an upper bound on the number of passes of the inverse.
+        is_triangular: Whether the conditioner is known to be triangular.
     """
 
     conditioner: Callable[[Tensor], Transform]
@@ -122,6 +124,7 @@ class NetworkMap(AutoregressiveMap):
     c: Tensor | None
     features: Size
     passes: int | None = None
+    is_triangular: bool = False
 
     def __post_init__(self) -> None:
         self.event_dim = len(self.features)
@@ -223,7 +226,7 @@ class FrozenInverse:
             ):
                 h = evaluation.advance(x).view(targets.shape[1], -1, self.rows).permute(2, 0, 1)
                 tau = self.univariate(*self.split(h))
-                x = (tau._inverse(targets) if isinstance(tau, Bijection) else tau.inv(targets)).t()
+                x = inverse(tau, targets).t()
                 parts.append(x)
             x = torch.cat(parts)
         return torch.empty_like(x).index_copy_(0, order, x).t().reshape(self.y.shape)

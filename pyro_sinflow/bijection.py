@@ -37,7 +37,10 @@ def call_and_ladj(t: Transform, x: Tensor, event_dim: int) -> tuple[Tensor, Tens
 
 def inverse(t: Transform, y: Tensor) -> Tensor:
     """Returns the inverse. For the transforms of this package, the input is not checked."""
-    return t._inverse(y) if isinstance(t, Bijection) else t.inv(y)
+    if isinstance(t, Bijection):
+        return t._inverse(y)
+    # 't.inv' would be stored in t, which forms a reference cycle that keeps the tensors of t.
+    return InverseTransform(t)(y) if type(t).inv is Transform.inv else t.inv(y)
 
 
 class _Pair(NamedTuple):

@@ -81,6 +81,7 @@ class FastInverse(Lazy):
             c,
             Size([lazy.hyper.out_features // lazy.total]),
             t.passes,
+            standard,
         )
         return TriangularTransform(function, solver=self.solver)
 

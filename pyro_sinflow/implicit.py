@@ -74,6 +74,13 @@ def _root(
     function: AutoregressiveMap, frozen: FrozenInverse | None, y: Tensor, solver: Solver
 ) -> tuple[Tensor, Tensor | None]:
     """Finds the root without a graph. Returns it with a mask of the events in range, or None."""
+
+    def careful(x: Tensor) -> Tensor:
+        tau = function(x)
+        _, tolerance = solver.tolerances(torch.finfo(x.dtype).eps)
+        converged = (tau(x) - y).abs() <= tolerance * (1 + x.abs() + y.abs())
+        return x.where(converged, inverse(tau, y))
+
     banach = solver.method == "banach"
     step = frozen.step if frozen is not None else lambda x: inverse(function(x), y)
     if frozen is not None and not banach:
@@ -91,6 +98,7 @@ def _root(
         "triangular",
         function.enough_passes(y.shape),
         frozen is not None,
+        careful if function.is_triangular else None,
     )
 
 

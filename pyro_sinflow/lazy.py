@@ -133,7 +133,9 @@ class LazyTriangular(Lazy):
             if c is not None or self.network.context > 0:
                 check_context(c, self.network.context, self.network.dtype)
         meta, features = partial(self.meta, c), self.features
-        function = NetworkMap(meta, network, self.univariate, self.shapes, c, features, passes)
+        function = NetworkMap(
+            meta, network, self.univariate, self.shapes, c, features, passes, self._is_checked
+        )
         return TriangularTransform(function, solver=self.solver)
 
 

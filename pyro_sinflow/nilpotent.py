@@ -72,6 +72,7 @@ def nilpotent_iteration(
     problem: str,
     passes: int,
     trusted: bool = False,
+    careful: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Iterates a nilpotent step until it converges, at most ``passes`` times.
 
@@ -83,6 +84,8 @@ def nilpotent_iteration(
         problem: What the fixed point is, for records and messages.
         passes: A number of passes, at least one, that is enough.
         trusted: Whether the step is known to be nilpotent.
+        careful: A step that keeps elements that have converged, for as many passes again. Without
+            it, elements still change by rounding errors, which extreme slopes amplify.
 
     Returns:
         The fixed point and, as :func:`zero_lost` does, a mask of the events in range, or
@@ -107,11 +110,14 @@ def nilpotent_iteration(
     limit = min(solver.max_iter or (100 if solver.method == "banach" else passes), passes)
     aim, tolerance = solver.tolerances(torch.finfo(x.dtype).eps)
     x, new, iterations, error = _iterate(step, x, limit, aim)
+    is_exact, is_single = limit >= passes, prod(x.shape[x.ndim - event_dim :]) <= 1
+    if is_exact and not is_single and careful is not None and not error <= aim:
+        x, new, more, error = _iterate(careful, x, passes, aim)
+        iterations += more
     record(problem, iterations, x.numel())
     if error <= aim:
         return x, None
-    is_exact = limit >= passes
-    if prod(x.shape[x.ndim - event_dim :]) <= 1 or (trusted and is_exact):
+    if is_single or (trusted and is_exact):
         return zero_lost(new, event_dim, problem)
     # One more pass shows whether x is exact, as it should be.
     with torch.no_grad():
@@ -122,10 +128,10 @@ def nilpotent_iteration(
         message = missed(problem, error, tolerance, limit)
         if is_exact and not error <= torch.finfo(x.dtype).eps ** 0.5:
             raise InversionError(
-                f"{message} {limit} passes are exact for every triangular map, so this one is not "
-                "triangular or not deterministic. Call '.eval()' if it has dropout or spectral "
-                "normalization. A conditioner of your own must not see the feature itself, nor "
-                "later ones."
+                f"{message} {passes} passes are enough for triangular maps, so this one is not "
+                "triangular or not deterministic, or its slopes are extreme. Call '.eval()' if it "
+                "has dropout or spectral normalization. A conditioner of your own must not see the "
+                "feature itself, nor later ones."
             )
         warnings.warn(message, InversionWarning, stacklevel=2)
     return x if inside is None else x.where(inside, 0.0), inside

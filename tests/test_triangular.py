@@ -1,7 +1,9 @@
 """TriangularTransform and LDUTransform: contract, guarantee and accuracy of the inverse."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import hypothesis.strategies as st
 import pyro
@@ -180,6 +182,24 @@ def test_a_map_that_is_not_triangular_is_an_error():
     y = torch.randn(5, 4)
     with pytest.raises(InversionError, match="not triangular or not deterministic"):
         TriangularTransform(linear(3 * torch.ones(4, 4))).inv(y)
+
+
+def test_an_inverse_leaves_no_reference_cycles():
+    made = []
+
+    class Shift(zuko.transforms.AdditiveTransform):
+        def __init__(self, shift):
+            super().__init__(shift)
+            made.append(weakref.ref(self))
+
+    weight = torch.randn(4, 4).tril(-1)
+    gc.disable()
+    try:
+        TriangularTransform(lambda x: Shift(x @ weight.T)).inv(torch.randn(5, 4))
+        assert len(made) > 2
+        assert not any(shift() for shift in made)
+    finally:
+        gc.enable()
 
 
 def test_dropout_in_training_is_an_error_and_not_in_evaluation():
