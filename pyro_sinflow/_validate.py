@@ -18,7 +18,7 @@ from ._torch import autocasting, can_branch_on, versions
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
 
-_finite: tuple[ReferenceType[Tensor], int | None] | None = None  # the latest finite context
+_finite: dict[int, tuple[ReferenceType[Tensor], int]] = {}  # finite contexts by identity
 
 
 def tensor(name: str, x: Any) -> None:
@@ -53,18 +53,19 @@ def finite_context(c: Any, computed: bool = False) -> None:
         c: The context.
         computed: Whether it was computed from a finite context, so that its values need no check.
     """
-    global _finite
     if isinstance(c, Tensor) and not c.is_floating_point() and not c.is_complex():
         return
     if not isinstance(c, Tensor) or not is_validation_enabled() or not can_branch_on(c):
         tensor("context", c)
         return
-    known = _finite  # a copy, because another thread may replace it
-    (version,) = versions(c)
-    if known is None or known[0]() is not c or known[1] != version or version is None:
-        if not computed:
-            tensor("context", c)
-        _finite = ref(c), version
+    key, (version,) = id(c), versions(c)
+    known, known_version = _finite.get(key, (None, None))
+    if known is not None and known() is c and known_version == version:
+        return
+    if not computed:
+        tensor("context", c)
+    if version is not None:
+        _finite[key] = ref(c, lambda _: _finite.pop(key, None)), version
 
 
 def dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:

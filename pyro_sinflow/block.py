@@ -130,6 +130,7 @@ class ConditionalLDU(Lazy):
 
     def parts(self, c: Tensor | None = None) -> tuple[Transform, Transform, Transform]:
         """Returns the maps U, D and L, given a context."""
+        c = self.seen(c)
         diagonal = self.diagonal(c if self.context_diagonal else None)
         return self.upper(c), diagonal, self.lower(c)
 

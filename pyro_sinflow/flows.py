@@ -26,38 +26,22 @@ from .networks import MaskedNetwork, check_context
 from .solvers import Solver
 from .transforms import BuiltAtUse, Composition
 
-_CONTEXT = 0.3  # the initial b of the asinh of data
-
 
 class _LazyComposition(LazyComposedTransform):
     """Composes lazy transforms to a transform that checks its input once.
 
-    Args:
-        transforms: The transforms, of which one is a :class:`LazyAffine`.
-        compress: Whether asinh compresses large values of the context.
+    One of the transforms is a :class:`LazyAffine`.
     """
-
-    def __init__(self, *transforms: nn.Module, compress: bool) -> None:
-        super().__init__(*transforms)
-
-        self.compress = compress
 
     def forward(self, c: Tensor | None = None) -> Composition:
         """Returns the composition, given a context."""
         affine = next(t for t in self.transforms if isinstance(t, LazyAffine))
-        dtype, features = affine.parameter.dtype, affine.parameter.shape[:-1]
-        check_context(c, affine.context, dtype)
+        check_context(c, affine.context, affine.parameter.dtype)
         shape = Size() if c is None else c.shape[:-1]
-        return BuiltAtUse(partial(self.build, c, dtype), features, shape)
+        return BuiltAtUse(partial(self.build, c), affine.parameter.shape[:-1], shape)
 
-    def build(self, c: Tensor | None, dtype: torch.dtype) -> tuple[Transform, ...]:
-        """Returns the transforms, given a context, and the dtype for a context of integers."""
-        if c is not None and self.compress:
-            check.finite_context(c)  # it may have changed
-            if not c.is_floating_point():
-                c = c.to(dtype)
-            c = (_CONTEXT * at_least_float32(c)).asinh() / _CONTEXT
-            check.finite_context(c, computed=True)
+    def build(self, c: Tensor | None) -> tuple[Transform, ...]:
+        """Returns the transforms, given a context."""
         return tuple(t(c) for t in self.transforms)
 
 
@@ -216,6 +200,9 @@ class SinusoidalFlow(Flow):
                 lazy.append(UnconditionalTransform(Linear, torch.zeros(2 * [shape.numel()])))
             lazy.append(make(shape, context, **structure, **options))
         lazy.append(LazyAffine(torch.zeros(*shape, 2), context, hidden_features, activation, seen))
+        for t in lazy:
+            if isinstance(t, Lazy):
+                t.compress = tails
 
         base = UnconditionalDistribution(
             _diagonal_normal,
@@ -224,7 +211,7 @@ class SinusoidalFlow(Flow):
             ndims=len(shape),
             buffer=True,
         )
-        super().__init__(_LazyComposition(*lazy, compress=tails and context > 0), base)
+        super().__init__(_LazyComposition(*lazy), base)
 
 
 def _check_linear(linear: bool | None, features: Size, adjacency: bool) -> bool:

@@ -20,10 +20,12 @@ from .autoregressive import NetworkMap, name_of, splitter, treats_features_alike
 from .bijection import at_least_float32
 from .element_wise import FASTER, SinusoidalChain
 from .masks import masked_mlp
-from .networks import MaskedNetwork, check_context, check_triangular
+from .networks import MaskedNetwork, check_context, check_triangular, weight_dtype
 from .pixelcnn import PixelCNN
 from .solvers import Solver
 from .transforms import TriangularTransform
+
+_CONTEXT = 0.3  # the b of the asinh of contexts
 
 
 class Lazy(nn.Module):
@@ -32,6 +34,19 @@ class Lazy(nn.Module):
     It is registered as a virtual subclass. With zuko's class as a base class, its metaclass would
     prevent Pyro from converting the module to a ``PyroModule``.
     """
+
+    compress = False  # whether asinh compresses large values of the context
+
+    def seen(self, c: Tensor | None) -> Tensor | None:
+        """Returns the context that networks see."""
+        if c is None or not self.compress:
+            return c
+        check.finite_context(c)
+        if not c.is_floating_point():
+            c = c.to(weight_dtype(self))
+        c = (_CONTEXT * at_least_float32(c)).asinh() / _CONTEXT
+        check.finite_context(c, computed=True)
+        return c
 
     @property
     def inv(self) -> LazyTransform:
@@ -126,6 +141,7 @@ class LazyTriangular(Lazy):
 
     def forward(self, c: Tensor | None = None) -> TriangularTransform:
         """Returns the transformation, given a context."""
+        c = self.seen(c)
         network = self.network if self._has_stages else None
         passes = None
         if isinstance(self.network, MaskedNetwork):
@@ -175,7 +191,7 @@ class LazyElementWise(Lazy):
 
     def parameters_given(self, c: Tensor | None) -> Tensor:
         """Returns the current parameters, given a context."""
-        parameter = self.parameter
+        c, parameter = self.seen(c), self.parameter
         if c is not None or self.context > 0:
             check_context(c, self.context, parameter.dtype)
         if c is not None and self.hyper is not None:

@@ -9,6 +9,7 @@ from conftest import perturb
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from zuko.lazy import Flow
 
 from pyro_sinflow import ConditionalLDU, PixelCNN, SinusoidalFlow, fast_inverse
 
@@ -65,9 +66,19 @@ def test_asinh_compresses_a_context(name):
     c, x = 100 * torch.randn(5, 3), features(name, 5)
     compressed = (0.3 * c).asinh() / 0.3
     plain = copy.deepcopy(flow)
-    plain.transform.compress = False
+    for part in plain.modules():
+        part.compress = False
     assert torch.allclose(flow(c).log_prob(x), plain(compressed).log_prob(x))
     assert not torch.allclose(flow(c).log_prob(x), plain(c).log_prob(x))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_parts_of_a_flow_make_a_flow_of_the_same_density(name):
+    flow = perturb(FLOWS[name](3), 0.1)
+    parts = Flow([*flow.transform.transforms], flow.base)
+    c, x = 3 * torch.randn(5, 3), features(name, 5)
+    assert torch.allclose(parts(c).log_prob(x), flow(c).log_prob(x))
+    assert torch.allclose(parts(c[0]).log_prob(x), flow(c[0]).log_prob(x))
 
 
 def test_a_flow_without_asinh_takes_the_context_as_it_is():
