@@ -23,7 +23,7 @@ from contenders import density
 from data import Data
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
-from training import Budget, arguments, evaluate, fit, print_table
+from training import Budget, arguments, evaluate, fit, positive, print_table
 from zuko.lazy import Flow, LazyComposedTransform, LazyTransform, UnconditionalTransform
 from zuko.transforms import AdditiveTransform, ComposedTransform, MonotonicAffineTransform
 
@@ -247,10 +247,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits all flows to all data sets, from all seeds."""
     parser = arguments(__doc__)
     parser.add_argument(
-        "--seeds", type=int, default=3, help="seeds of each fit (default: %(default)s)"
+        "--seeds", type=positive, default=3, help="seeds of each fit (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=int, default=400, help="of each flow (default: %(default)s)"
+        "--steps", type=positive, default=400, help="of each flow (default: %(default)s)"
     )
     parser.add_argument(
         "--lr", type=float, default=6e-3, help="learning rate (default: %(default)s)"

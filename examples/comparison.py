@@ -34,6 +34,7 @@ from training import (
     count,
     evaluate,
     fit,
+    positive,
     print_table,
     restore,
     seconds,
@@ -218,19 +219,19 @@ def show_costs(found: dict[str, dict[str, Fit]], args: argparse.Namespace) -> No
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits all flows to all data sets."""
     parser = arguments(f"{__doc__}\n{SOURCES}")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="how many (default: %(default)s)")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[2e-3, 6e-3, 1.5e-2], help="learning rates to try"
     )
     parser.add_argument(
         "--widths",
-        type=int,
+        type=positive,
         nargs="+",
         default=[64],
         help="units of both hidden layers to try; flows of Pyro and normflows have their own",
     )
     parser.add_argument(
-        "--steps", type=int, default=400, help="of each flow, at most (default: %(default)s)"
+        "--steps", type=positive, default=400, help="of each flow, at most (default: %(default)s)"
     )
     parser.add_argument(
         "--seconds", type=float, help="processor time of each flow, instead of steps"
@@ -241,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", choices=DATA, default=[*REAL], help="data sets")
     parser.add_argument("--data-root", type=Path, help="folder of 'uci.npz' and 'bsds300.npz'")
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=[*FLOWS], help="flows")
-    parser.add_argument("--jobs", type=int, default=1, help="fits at a time")
+    parser.add_argument("--jobs", type=positive, default=1, help="fits at a time")
     args = parser.parse_args(argv)
 
     (args.out / "fits").mkdir(parents=True, exist_ok=True)

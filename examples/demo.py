@@ -23,7 +23,7 @@ from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor, nn
-from training import Budget, arguments, count, evaluate, fit, infer, print_table
+from training import Budget, arguments, count, evaluate, fit, infer, positive, print_table
 from zuko.lazy import Flow
 
 from pyro_sinflow import AutoLDU, SinusoidalFlow
@@ -229,13 +229,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, "folder for the pictures")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument(
-        "--guide-steps", type=int, default=1000, help="SVI steps (default: %(default)s)"
+        "--guide-steps", type=positive, default=1000, help="SVI steps (default: %(default)s)"
     )
     parser.add_argument(
-        "--draws", type=int, default=900, help="draws of NUTS (default: %(default)s)"
+        "--draws", type=positive, default=900, help="draws of NUTS (default: %(default)s)"
     )
     parser.add_argument(
-        "--flow-steps", type=int, default=500, help="steps of each flow (default: %(default)s)"
+        "--flow-steps", type=positive, default=500, help="steps of each flow (default: %(default)s)"
     )
     args = parser.parse_args(argv)
 

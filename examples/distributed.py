@@ -25,7 +25,7 @@ from data import patches
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from training import arguments
+from training import arguments, positive
 from zuko.lazy import Flow
 
 from pyro_sinflow import SinusoidalFlow
@@ -98,12 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits a flow to patches of photographs, and draws samples."""
     parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="steps (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=300, help="steps (default: %(default)s)")
     parser.add_argument(
-        "--batch", type=int, default=256, help="rows, of all processes together (%(default)s)"
+        "--batch", type=positive, default=256, help="rows, of all processes together (%(default)s)"
     )
-    parser.add_argument("--every", type=int, default=50, help="steps between two checkpoints")
-    parser.add_argument("--samples", type=int, default=1000, help="to draw (default: %(default)s)")
+    parser.add_argument("--every", type=positive, default=50, help="steps between two checkpoints")
+    parser.add_argument(
+        "--samples", type=positive, default=1000, help="to draw (default: %(default)s)"
+    )
     parser.add_argument(
         "--timeout", type=float, default=600, help="seconds to wait for each other (%(default)s)"
     )

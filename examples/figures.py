@@ -20,7 +20,7 @@ import torch.distributions as dist
 import zuko
 from data import TOYS, Data, standardize, toy
 from torch import Tensor, nn
-from training import Budget, arguments, count, evaluate, fit, print_table
+from training import Budget, arguments, count, evaluate, fit, positive, print_table
 from zuko.lazy import Flow
 
 from pyro_sinflow import SinusoidalFlow, SinusoidalTransform
@@ -218,12 +218,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=positive,
         default=1000,
         help="steps of each flow; twice as many in figure 3 (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch", type=int, default=256, help="rows of a step (default: %(default)s)"
+        "--batch", type=positive, default=256, help="rows of a step (default: %(default)s)"
     )
     args = parser.parse_args(argv)
 

@@ -30,7 +30,7 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
-from training import arguments, infer, print_table, walk
+from training import arguments, infer, positive, print_table, walk
 
 from pyro_sinflow import ldu
 
@@ -78,10 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Samples from the funnel with and without guides."""
     parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2000, help="of SVI (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=positive, default=2000, help="of SVI (default: %(default)s)"
+    )
     parser.add_argument(
         "--draws",
-        type=int,
+        type=positive,
         default=500,
         help="draws of NUTS, after half as many of warm-up (default: %(default)s)",
     )

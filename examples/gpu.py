@@ -21,7 +21,7 @@ from steps import adamw, captured, likelihood_step
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tqdm import trange
-from training import arguments, evaluate, print_table
+from training import arguments, evaluate, positive, print_table
 
 from pyro_sinflow import SinusoidalFlow
 
@@ -66,11 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains the flow, scores it, and prints the speed-up by the graph."""
     parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5000, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=5000, help="(default: %(default)s)")
     parser.add_argument(
-        "--rows", type=int, default=128, help="rows of a step (default: %(default)s)"
+        "--rows", type=positive, default=128, help="rows of a step (default: %(default)s)"
     )
-    parser.add_argument("--blocks", type=int, default=12, help="LDU blocks (default: %(default)s)")
+    parser.add_argument(
+        "--blocks", type=positive, default=12, help="LDU blocks (default: %(default)s)"
+    )
     parser.add_argument(
         "--lr", type=float, default=1e-3, help="initial learning rate (default: %(default)s)"
     )

@@ -32,7 +32,7 @@ from pyro.infer.autoguide import (
 from pyro.infer.importance import vectorized_importance_weights
 from sklearn.datasets import load_diabetes
 from torch import Tensor
-from training import arguments, infer, print_table
+from training import arguments, infer, positive, print_table
 
 from pyro_sinflow import ldu
 
@@ -127,12 +127,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits all guides, and compares them with NUTS."""
     parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="of SVI (default: %(default)s)")
     parser.add_argument(
-        "--draws", type=int, default=10_000, help="of each guide (default: %(default)s)"
+        "--steps", type=positive, default=3000, help="of SVI (default: %(default)s)"
     )
     parser.add_argument(
-        "--nuts", type=int, default=1000, help="draws by NUTS (default: %(default)s)"
+        "--draws", type=positive, default=10_000, help="of each guide (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--nuts", type=positive, default=1000, help="draws by NUTS (default: %(default)s)"
     )
     args = parser.parse_args(argv)
 

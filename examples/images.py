@@ -30,7 +30,7 @@ from torch.distributions import (
     SigmoidTransform,
     Transform,
 )
-from training import Budget, arguments, count, fit, print_table
+from training import Budget, arguments, count, fit, positive, print_table
 from zuko.lazy import Flow
 
 from pyro_sinflow import PixelCNN, SinusoidalFlow, record_inversions
@@ -125,9 +125,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data-root", type=Path, help="folder with its original files")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of each fit (default: the preset's)")
-    parser.add_argument("--batch", type=int, help="images of a step (default: the preset's)")
-    parser.add_argument("--blocks", type=int, help="blocks of each flow (default: the preset's)")
+    parser.add_argument("--steps", type=positive, help="steps of each fit (default: the preset's)")
+    parser.add_argument("--batch", type=positive, help="images of a step (default: the preset's)")
+    parser.add_argument(
+        "--blocks", type=positive, help="blocks of each flow (default: the preset's)"
+    )
 
 
 def preset_of(args: argparse.Namespace) -> Preset:

@@ -24,7 +24,7 @@ from data import Data, patches
 from torch import Tensor, nn
 from torch.distributions import Transform
 from tqdm import tqdm
-from training import Budget, arguments, fit, passes, print_table
+from training import Budget, arguments, fit, passes, positive, print_table
 
 from pyro_sinflow import InversionError, SinusoidalFlow, SinusoidalTransform, record_inversions
 
@@ -177,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--activation", help="of the networks, such as Tanh (default: that of the flow)"
     )
     parser.add_argument("--parts", nargs="+", type=int, default=[1, 2, 3], help="default: all")
-    parser.add_argument("--steps", type=int, default=300, help="of training (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=positive, default=300, help="of training (default: %(default)s)"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",

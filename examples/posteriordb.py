@@ -48,7 +48,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.stats import effective_sample_size
 from pyro.optim import ClippedAdam
 from torch import Tensor
-from training import arguments, print_table, spread, tune, walk
+from training import arguments, positive, print_table, spread, tune, walk
 
 from pyro_sinflow import AutoLDU
 
@@ -359,8 +359,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=GUIDES,
         help="guides (default: the first three)",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="of SVI (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=positive, default=1000, help="of SVI (default: %(default)s)"
+    )
     parser.add_argument(
         "--seconds",
         type=float,
@@ -375,14 +377,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="learning rates to try (default: 0.01 0.03 0.1)",
     )
     parser.add_argument(
-        "--draws", type=int, default=10_000, help="of each guide (default: %(default)s)"
+        "--draws", type=positive, default=10_000, help="of each guide (default: %(default)s)"
     )
     parser.add_argument(
         "--nuts", type=int, default=400, help="draws by NUTS (default: %(default)s)"
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=positive,
         default=1,
         help="fits at a time; times are comparable with one (default: %(default)s)",
     )

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 from images import FLOWS, add_options, prepare, preset_of, sheet
 from torch import Tensor
-from training import arguments, fit, print_table, seconds
+from training import arguments, fit, positive, print_table, seconds
 
 from pyro_sinflow import InversionWarning, Solver
 
@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits the flow, and inverts it with several solvers and options."""
     parser = arguments(__doc__)
     add_options(parser)
-    parser.add_argument("--images", type=int, default=100, help="number (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=positive, default=100, help="number (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,18 @@ from data import Data, breast_cancer, patches, standardize
 from files import SOURCES
 from files import bsds300 as rebuilt
 from torch import Tensor
-from training import Budget, afford, arguments, count, evaluate, fit, passes, print_table, spent
+from training import (
+    Budget,
+    afford,
+    arguments,
+    count,
+    evaluate,
+    fit,
+    passes,
+    positive,
+    print_table,
+    spent,
+)
 from zuko.lazy import Flow
 
 from pyro_sinflow import SinusoidalFlow
@@ -123,11 +134,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--download", action="store_true", help="download the archive first")
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=["Sinusoidal"], help="flows")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="of the optimizer (default: the paper's)")
+    parser.add_argument("--steps", type=positive, help="of the optimizer (default: the paper's)")
     parser.add_argument("--seconds", type=float, help="processor time, instead of steps")
-    parser.add_argument("--batch", type=int, help="rows of a step (default: the paper's)")
+    parser.add_argument("--batch", type=positive, help="rows of a step (default: the paper's)")
     parser.add_argument("--lr", type=float, help="initial learning rate (default: the paper's)")
-    parser.add_argument("--hidden", type=int, help="units of each layer (default: the paper's)")
+    parser.add_argument(
+        "--hidden", type=positive, help="units of each layer (default: the paper's)"
+    )
     parser.add_argument(
         "--device",
         type=torch.device,

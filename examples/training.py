@@ -7,7 +7,7 @@ import copy
 import math
 import time
 import timeit
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -326,6 +326,17 @@ def seconds(function: Callable[[], Any], rounds: int = 5) -> float:
         function()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def positive(text: str) -> int:
+    """Reads an option that is an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ArgumentTypeError(f"should be an integer of at least 1, got {text}")
+    return value
 
 
 def arguments(description: str | None, out: str = "folder for the results") -> ArgumentParser:

@@ -22,7 +22,7 @@ from images import sheet
 from pyro.distributions.transforms import affine_autoregressive, iterated
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
-from training import arguments, infer, print_table
+from training import arguments, infer, positive, print_table
 
 from pyro_sinflow import ldu
 
@@ -118,9 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits an autoencoder with each prior."""
     parser = arguments(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=6000, help="of SVI (default: %(default)s)")
     parser.add_argument(
-        "--draws", type=int, default=500, help="codes for each score (default: %(default)s)"
+        "--steps", type=positive, default=6000, help="of SVI (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draws", type=positive, default=500, help="codes for each score (default: %(default)s)"
     )
     args = parser.parse_args(argv)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from zuko.nn import Residual
 from zuko.utils import broadcast
 
 from . import _validate as check
+from ._torch import can_branch_on
 from .masks import check_order
 from .networks import check_activation, check_context, check_element_wise
 
@@ -48,6 +50,12 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the convolution of x, with shape :math:`(N, I, H, W)`."""
         return F.conv2d(x, self.mask * self.weight, self.bias, padding=self.padding)
+
+
+def _take_order(network: PixelCNN, _: Any) -> None:
+    """Takes the order of the features from the state, which may be loaded from another network."""
+    if can_branch_on(network.reverse):
+        network.mirrored = bool(network.reverse)
 
 
 class PixelCNN(nn.Module):
@@ -92,6 +100,8 @@ class PixelCNN(nn.Module):
         torch.Size([5, 3, 8, 8])
     """
 
+    reverse: Tensor
+
     def __init__(
         self,
         features: Sequence[int],
@@ -125,6 +135,9 @@ class PixelCNN(nn.Module):
                 "'order' should be ascending or descending for a PixelCNN, without 'randperm', got "
                 f"{', '.join(map(str, rank[:4]))}, ..."
             )
+        # Saved with the weights, which belong to one of the orders.
+        self.register_buffer("reverse", torch.tensor(self.mirrored))
+        self.register_load_state_dict_post_hook(_take_order)
         activate = check_activation(activation, dropout)
         layers = self._layers(hidden, activate, residual, kernel_size)
         self.first, *rest = layers

@@ -51,6 +51,14 @@ def test_a_feature_depends_on_all_features_before_it_alone(shape, residual):
         assert torch.equal(dependence(mirrored, shape, output), lower.T)
 
 
+def test_the_order_is_loaded_with_the_weights():
+    reverse = network((1, 3, 2), order=range(6)[::-1], hidden_features=(4,))
+    other = network((1, 3, 2), hidden_features=(4,))
+    other.load_state_dict(reverse.state_dict())
+    x = torch.randn(1, 3, 2, dtype=torch.float64)
+    assert torch.equal(other(x), reverse(x))
+
+
 @pytest.mark.parametrize(("hidden", "kernel_size"), [((), 3), ((8,), 3), ((8, 8), 3), ((8,), 5)])
 def test_receptive_field_has_no_blind_spot(hidden, kernel_size):
     shape, reach = (1, 12, 12), (len(hidden) + 1) * (kernel_size // 2)

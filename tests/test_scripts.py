@@ -73,3 +73,12 @@ def test_reconstruction(tmp_path):
     )
     assert is_picture(tmp_path / "reconstruction.png")
     assert is_picture(tmp_path / "reconstructed.png")
+
+
+@pytest.mark.parametrize("script", ["funnel", "hierarchical", "images", "vae"])
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_bad_numbers_are_named(script, value, tmp_path, example, capsys):
+    with pytest.raises(SystemExit):
+        example(script).main(["--out", str(tmp_path), "--steps", value])
+    expected = f"argument --steps: should be an integer of at least 1, got {value}"
+    assert expected in capsys.readouterr().err
