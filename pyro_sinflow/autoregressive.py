@@ -15,7 +15,7 @@ from zuko.transforms import AdditiveTransform, MonotonicAffineTransform
 from zuko.utils import unpack
 
 from . import _validate as check
-from ._torch import autocasting, can_fuse
+from ._torch import autocasting, can_fuse, plain_modules
 from .bijection import inverse
 from .kernels import AffineChain, substitution_kernel
 from .sequential import StagedEvaluation, Stages, WholeEvaluation, frozen_weights, stages_of
@@ -52,7 +52,6 @@ class AutoregressiveMap:
 
     features: Size | None = None  # the shape of an event, if it is known
     context_shape = Size()  # the batch shape of the context
-    is_triangular = False  # whether this is known
 
     def __init__(
         self,
@@ -91,6 +90,10 @@ class AutoregressiveMap:
         features = prod(shape[len(shape) - self.event_dim :])
         return max(min(features, self.passes or features), 1)
 
+    def is_reliable(self) -> bool:
+        """Whether the map is known to be triangular and deterministic."""
+        return False
+
     def frozen(self, y: Tensor) -> FrozenInverse | None:
         r"""Returns the inverse at y with the current weights, without a graph.
 
@@ -114,7 +117,7 @@ class NetworkMap(AutoregressiveMap):
         shapes: The shapes of its arguments, for one feature.
         conditioner, c, features, passes: The conditioner, the context, the shape of an event, and
             an upper bound on the number of passes of the inverse.
-        is_triangular: Whether the conditioner is known to be triangular.
+        masked: The network of the conditioner, if its masks make the map triangular.
     """
 
     conditioner: Callable[[Tensor], Transform]
@@ -124,7 +127,7 @@ class NetworkMap(AutoregressiveMap):
     c: Tensor | None
     features: Size
     passes: int | None = None
-    is_triangular: bool = False
+    masked: nn.Module | None = None
 
     def __post_init__(self) -> None:
         self.event_dim = len(self.features)
@@ -134,6 +137,10 @@ class NetworkMap(AutoregressiveMap):
     def __repr__(self) -> str:
         context = "" if self.c is None else f", context: {tuple(self.c.shape)}"
         return f"univariate: {name_of(self.univariate)}, features: {tuple(self.features)}{context}"
+
+    def is_reliable(self) -> bool:
+        """Whether the map is known to be triangular and deterministic."""
+        return self.masked is not None and plain_modules(self.masked) is not None
 
     def frozen(self, y: Tensor) -> FrozenInverse | None:
         """Returns the inverse at y with the current weights, if the network has stages."""

@@ -6,9 +6,9 @@ import copy
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import zuko.transforms  # gives every transform 'call_and_ladj'  # noqa: F401
 from torch import Size, Tensor
 from torch.distributions import Transform, constraints
+from zuko.transforms import ComposedTransform, DependentTransform  # adds 'call_and_ladj' to all
 
 from . import _validate as check
 from ._torch import InverseTransform, State, is_concrete, modes, optimizer_steps, versions
@@ -40,7 +40,13 @@ def inverse(t: Transform, y: Tensor) -> Tensor:
     if isinstance(t, Bijection):
         return t._inverse(y)
     # 't.inv' would be stored in t, which forms a reference cycle that keeps the tensors of t.
-    return InverseTransform(t)(y) if type(t).inv is Transform.inv else t.inv(y)
+    if isinstance(t, ComposedTransform):
+        for part in reversed(t.transforms):
+            y = inverse(part, y)
+        return y
+    if isinstance(t, DependentTransform):
+        return inverse(t.base, y)
+    return t._inv_call(y) if type(t).inv is Transform.inv else t.inv(y)
 
 
 class _Pair(NamedTuple):

@@ -125,7 +125,7 @@ class ConditionalLDU(Lazy):
                 not finite, or has the wrong shape.
             TypeError: If the context has the wrong dtype.
         """
-        check_context(c, self.context, self.diagonal.parameter.dtype)
+        check_context(self.seen(c), self.context, self.diagonal.parameter.dtype)
         return BuiltLDU(partial(self.parts, c), self.features)
 
     def parts(self, c: Tensor | None = None) -> tuple[Transform, Transform, Transform]:

@@ -81,7 +81,7 @@ class FastInverse(Lazy):
             c,
             Size([lazy.hyper.out_features // lazy.total]),
             t.passes,
-            standard,
+            lazy.hyper if standard else None,
         )
         return TriangularTransform(function, solver=self.solver)
 

@@ -19,7 +19,7 @@ from .bijection import at_least_float32
 from .block import ConditionalLDU
 from .element_wise import Asinh, SinusoidalChain
 from .kernels import AffineChain
-from .lazy import Lazy, LazyAffine, LazyTriangular, initial_sinusoids
+from .lazy import Compressed, Lazy, LazyAffine, LazyTriangular, initial_sinusoids
 from .linear import Linear
 from .masks import check_adjacency
 from .networks import MaskedNetwork, check_context
@@ -41,8 +41,15 @@ class _LazyComposition(LazyComposedTransform):
         return BuiltAtUse(partial(self.build, c), affine.parameter.shape[:-1], shape)
 
     def build(self, c: Tensor | None) -> tuple[Transform, ...]:
-        """Returns the transforms, given a context."""
-        return tuple(t(c) for t in self.transforms)
+        """Returns the transforms, given a context, which is compressed once for all of them."""
+        compressed, built = None, []
+        for t in self.transforms:
+            if c is None or not isinstance(t, Lazy) or not t.compress:
+                built.append(t(c))
+                continue
+            compressed = compressed or Compressed(t.seen(c))
+            built.append(t(compressed))
+        return tuple(built)
 
 
 def _diagonal_normal(loc: Tensor, scale: Tensor, ndims: int) -> DiagNormal:

@@ -77,7 +77,7 @@ def _root(
 
     def careful(x: Tensor) -> Tensor:
         tau = function(x)
-        _, tolerance = solver.tolerances(torch.finfo(x.dtype).eps)
+        _, tolerance = Solver().tolerances(torch.finfo(x.dtype).eps)
         converged = (tau(x) - y).abs() <= tolerance * (1 + x.abs() + y.abs())
         return x.where(converged, inverse(tau, y))
 
@@ -98,7 +98,7 @@ def _root(
         "triangular",
         function.enough_passes(y.shape),
         frozen is not None,
-        careful if function.is_triangular else None,
+        careful if frozen is not None or function.is_reliable() else None,
     )
 
 

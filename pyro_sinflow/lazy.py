@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from pyro.distributions import is_validation_enabled
@@ -26,6 +27,13 @@ from .solvers import Solver
 from .transforms import TriangularTransform
 
 _CONTEXT = 0.3  # the b of the asinh of contexts
+_MASKED = (MaskedNetwork, PixelCNN)  # whose masks make them triangular
+
+
+class Compressed(NamedTuple):
+    """A context that asinh has compressed."""
+
+    value: Tensor | None
 
 
 class Lazy(nn.Module):
@@ -37,8 +45,10 @@ class Lazy(nn.Module):
 
     compress = False  # whether asinh compresses large values of the context
 
-    def seen(self, c: Tensor | None) -> Tensor | None:
+    def seen(self, c: Tensor | Compressed | None) -> Tensor | None:
         """Returns the context that networks see."""
+        if isinstance(c, Compressed):
+            return c.value
         if c is None or not self.compress:
             return c
         check.finite_context(c)
@@ -114,7 +124,7 @@ class LazyTriangular(Lazy):
         self.outputs = sum(s.numel() for s in self.shapes)
         self.split = splitter(self.shapes)
         self.solver = check.instance("solver", solver, Solver)
-        self._is_checked = type(network) in (MaskedNetwork, PixelCNN)  # by their masks
+        self._is_checked = False
         self._has_stages = type(network) is MaskedNetwork and treats_features_alike(univariate)
 
     def extra_repr(self) -> str:
@@ -131,7 +141,8 @@ class LazyTriangular(Lazy):
                 f"'network' should return {self.outputs} outputs for each feature, for 'shapes' "
                 f"{[*map(tuple, self.shapes)]}, got an output of shape {tuple(h.shape)}."
             )
-        if not self._is_checked and h.numel() and is_validation_enabled() and can_branch_on(x):
+        known = self._is_checked or type(self.network) in _MASKED
+        if not known and h.numel() and is_validation_enabled() and can_branch_on(x):
             check_triangular(self.network, self.features, x, c)
             self._is_checked = True
         tau = self.univariate(*self.split(h))
@@ -143,6 +154,7 @@ class LazyTriangular(Lazy):
         """Returns the transformation, given a context."""
         c = self.seen(c)
         network = self.network if self._has_stages else None
+        masked = self.network if type(self.network) in _MASKED else None
         passes = None
         if isinstance(self.network, MaskedNetwork):
             passes = self.network.passes
@@ -150,7 +162,7 @@ class LazyTriangular(Lazy):
                 check_context(c, self.network.context, self.network.dtype)
         meta, features = partial(self.meta, c), self.features
         function = NetworkMap(
-            meta, network, self.univariate, self.shapes, c, features, passes, self._is_checked
+            meta, network, self.univariate, self.shapes, c, features, passes, masked
         )
         return TriangularTransform(function, solver=self.solver)
 

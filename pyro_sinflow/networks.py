@@ -46,9 +46,9 @@ def check_context(c: Tensor | None, context: int, dtype: torch.dtype) -> None:
 def weight_dtype(module: nn.Module) -> torch.dtype:
     """Returns the dtype of a module's weights, which may be parameters or plain tensors."""
     for part in module.modules():
-        weight = getattr(part, "weight", None)
-        if isinstance(weight, Tensor):
-            return weight.dtype
+        for name in ("weight", "constant", "parameter"):
+            if isinstance(weight := getattr(part, name, None), Tensor):
+                return weight.dtype
     return torch.get_default_dtype()
 
 

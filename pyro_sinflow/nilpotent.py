@@ -34,6 +34,11 @@ def events_within(x: Tensor, event_dim: int, magnitude: float) -> Tensor:
     return (x.abs() < magnitude).all(dim=tuple(range(-event_dim, 0)), keepdim=True)  # False for NaN
 
 
+def _in_range(x: Tensor) -> bool:
+    """Whether all elements are below the largest magnitude that an inverse may return."""
+    return float(x.abs().max()) < largest(x.dtype)  # False for NaN
+
+
 def zero_lost(x: Tensor, event_dim: int, problem: str) -> tuple[Tensor, Tensor | None]:
     """Puts zeros in the place of events that leave the range of their dtype.
 
@@ -48,10 +53,9 @@ def zero_lost(x: Tensor, event_dim: int, problem: str) -> tuple[Tensor, Tensor |
         InversionWarning: If some events leave the range, or all of them with validation off: MCMC
             switches it off, and rejects a state whose density is NaN.
     """
-    most = largest(x.dtype)
-    if not x.numel() or float(x.abs().max()) < most:  # False for NaN
+    if not x.numel() or _in_range(x):
         return x, None
-    inside = events_within(x, event_dim, most)
+    inside = events_within(x, event_dim, largest(x.dtype))
     lost = inside.numel() - int(inside.sum())
     message = (
         f"The {WHAT[problem]} leaves the range of {x.dtype} in {lost} of {inside.numel()} events: "
@@ -104,20 +108,20 @@ def nilpotent_iteration(
         with torch.no_grad():
             for _ in range(passes):
                 new = step(new)
-        if new.numel() and float(new.abs().max()) < largest(x.dtype):  # False for NaN
+        if new.numel() and _in_range(new):
             record(problem, passes, new.numel())
             return new, None
     limit = min(solver.max_iter or (100 if solver.method == "banach" else passes), passes)
     aim, tolerance = solver.tolerances(torch.finfo(x.dtype).eps)
     x, new, iterations, error = _iterate(step, x, limit, aim)
-    is_exact, is_single = limit >= passes, prod(x.shape[x.ndim - event_dim :]) <= 1
-    if is_exact and not is_single and careful is not None and not error <= aim:
+    is_exact = limit >= passes
+    if careful is not None and is_exact and aim < error < torch.inf and _in_range(new):
         x, new, more, error = _iterate(careful, x, passes, aim)
         iterations += more
     record(problem, iterations, x.numel())
     if error <= aim:
         return x, None
-    if is_single or (trusted and is_exact):
+    if prod(x.shape[x.ndim - event_dim :]) <= 1 or (trusted and is_exact):
         return zero_lost(new, event_dim, problem)
     # One more pass shows whether x is exact, as it should be.
     with torch.no_grad():

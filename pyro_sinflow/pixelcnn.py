@@ -135,8 +135,8 @@ class PixelCNN(nn.Module):
                 "'order' should be ascending or descending for a PixelCNN, without 'randperm', got "
                 f"{', '.join(map(str, rank[:4]))}, ..."
             )
-        # Saved with the weights, which belong to one of the orders.
-        self.register_buffer("reverse", torch.tensor(self.mirrored))
+        # Saved with the weights, which belong to one of the orders. A float can be averaged.
+        self.register_buffer("reverse", torch.tensor(float(self.mirrored)))
         self.register_load_state_dict_post_hook(_take_order)
         activate = check_activation(activation, dropout)
         layers = self._layers(hidden, activate, residual, kernel_size)

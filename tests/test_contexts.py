@@ -130,6 +130,14 @@ def test_integers_are_converted_as_in_zuko(name, kind, dtype):
     assert torch.equal(sample, converted.sample((20,)))
 
 
+def test_integers_that_no_part_sees():
+    adjacency = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]])
+    flow = SinusoidalFlow(2, 2, transforms=1, adjacency=adjacency).double()
+    x = torch.randn(3, 2, dtype=torch.float64)
+    labels = torch.eye(2)[[0, 1, 1]]
+    assert torch.equal(flow(labels.long()).log_prob(x), flow(labels.double()).log_prob(x))
+
+
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_context_that_is_not_finite_is_named(name):
     with pytest.raises(ValueError, match="'context' should be finite, got 1 NaN"):

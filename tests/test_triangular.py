@@ -184,7 +184,15 @@ def test_a_map_that_is_not_triangular_is_an_error():
         TriangularTransform(linear(3 * torch.ones(4, 4))).inv(y)
 
 
-def test_an_inverse_leaves_no_reference_cycles():
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t,
+        lambda t: zuko.transforms.DependentTransform(t, 0),
+        lambda t: zuko.transforms.ComposedTransform(zuko.transforms.SoftclipTransform(9.0), t),
+    ],
+)
+def test_an_inverse_leaves_no_reference_cycles(wrap):
     made = []
 
     class Shift(zuko.transforms.AdditiveTransform):
@@ -195,7 +203,7 @@ def test_an_inverse_leaves_no_reference_cycles():
     weight = torch.randn(4, 4).tril(-1)
     gc.disable()
     try:
-        TriangularTransform(lambda x: Shift(x @ weight.T)).inv(torch.randn(5, 4))
+        TriangularTransform(lambda x: wrap(Shift(x @ weight.T))).inv(torch.randn(5, 4))
         assert len(made) > 2
         assert not any(shift() for shift in made)
     finally:
