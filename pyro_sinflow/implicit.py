@@ -77,7 +77,7 @@ def _root(
 
     def careful(x: Tensor) -> Tensor:
         tau = function(x)
-        _, tolerance = Solver().tolerances(torch.finfo(x.dtype).eps)
+        _, tolerance = Solver().tolerances(torch.finfo(x.dtype).eps)  # round-off
         converged = (tau(x) - y).abs() <= tolerance * (1 + x.abs() + y.abs())
         return x.where(converged, inverse(tau, y))
 

@@ -149,3 +149,11 @@ def test_images_and_masked_networks_in_other_modules():
 
     t = LazyTriangular(Wrapped(), (2, 3), MonotonicAffineTransform, shapes=[(), ()])
     assert t()(torch.randn(7, 2, 3)).shape == (7, 2, 3)
+
+
+def test_a_network_that_replaces_one_of_this_package_is_checked():
+    flow = flow_of(MaskedNetwork(5, outputs=2))
+    flow().log_prob(torch.randn(4, 5))
+    flow.transform.transforms[0].network = Recurrent(shifted=False)
+    with pytest.raises(ValueError, match="in Recurrent those of the features"):
+        flow().log_prob(torch.randn(4, 5))
