@@ -32,7 +32,7 @@ import torch
 from estimators import CLIENTS, FLOWS, Budget, Posterior, Units
 from simulators import OBSERVATIONS, SOURCE, TASKS, Pairs, c2st
 from tqdm import tqdm
-from training import arguments, print_table, spread
+from training import arguments, positive, print_table, spread
 
 Result = dict[str, Any]
 
@@ -244,12 +244,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     def number(name: str, default: float, text: str) -> None:
         text += " (default: %(default)s)"
-        parser.add_argument(name, type=type(default), default=default, help=text)
+        kind = positive if isinstance(default, int) else float
+        parser.add_argument(name, type=kind, default=default, help=text)
 
     parser.add_argument(
         "--simulations",
         nargs="+",
-        type=int,
+        type=positive,
         default=[10_000],
         metavar="N",
         help="numbers of simulations of each task, at least 20 (default: 10000)",
@@ -260,7 +261,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     number("--patience", 20, "passes without a better validation score, after which a fit stops")
     number("--lr", 1e-3, "initial learning rate")
     text = "simulations in a step (default: a fiftieth of all, between 50 and 500)"
-    parser.add_argument("--batch", type=int, help=text)
+    parser.add_argument("--batch", type=positive, help=text)
     text = "fit the parameters (box), or their logits, which are unbounded (real; default: box for "
     text += "two moons, real for SLCP)"
     parser.add_argument("--space", choices=("box", "real"), help=text)
@@ -272,13 +273,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     number("--jobs", 1, "fits at a time")
     args = parser.parse_args(argv)
 
-    least = {"seeds": 1, "steps": 1, "epochs": 1, "patience": 1, "tests": 2, "draws": 10, "jobs": 1}
-    for name, minimum in least.items():
+    for name, minimum in (("tests", 2), ("draws", 10)):
         if (value := getattr(args, name)) < minimum:
             parser.error(f"'--{name}' should be at least {minimum}, got {value}")
     if min(args.simulations) < 20:
         parser.error(f"'--simulations' should be at least 20, got {min(args.simulations)}")
-    if not 1 <= args.observations <= OBSERVATIONS:
+    if args.observations > OBSERVATIONS:
         parser.error(f"'--observations' should be from 1 to 10, got {args.observations}")
     return args
 
